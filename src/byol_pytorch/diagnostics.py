@@ -1,0 +1,32 @@
+"""Health figures of a run: has it collapsed, do online and target network agree."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def feature_std(projections: Tensor) -> Tensor:
+    """The mean over dimensions of the std over the batch of the normalised (B, D) projections.
+
+    A float32 scalar: 0 in collapse, about 1 / sqrt(D) for features spread evenly over the sphere
+    (SimSiam, arXiv 2011.10566, section 4.1).
+    """
+    return F.normalize(projections.float(), dim=-1).std(dim=0).mean()
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor) -> Tensor:
+    """RankMe (arXiv 2210.02885, equation 1): the exponential of the singular values' entropy.
+
+    A float32 scalar in [1, min(B, D)] of (B, D) features: 1 in complete collapse.
+    """
+    values = torch.linalg.svdvals(features.float())
+    p = values / values.sum().clamp_min(1e-12) + 1e-7
+    return (-(p * p.log()).sum()).exp()
+
+
+@torch.no_grad()
+def agreement(predictions: Tensor, target_projections: Tensor) -> Tensor:
+    """The mean cosine in [-1, 1] between (B, D) predictions and the target's projections."""
+    return F.cosine_similarity(predictions.float(), target_projections.float(), dim=-1).mean()
