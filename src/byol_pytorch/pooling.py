@@ -1,0 +1,185 @@
+"""How the output of a layer becomes a representation (B, D). Nothing is ever flattened silently."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from byol_pytorch.representation import Pool
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """(B, D) as it is."""
+
+    what: str
+
+    def __call__(self, value: Any) -> Tensor:
+        return checked(only_tensor(value, self.what), self.what)
+
+
+@dataclass(frozen=True)
+class MeanOver:
+    """The mean over all axes but the first and the channel axis."""
+
+    what: str
+    channel_axis: int
+
+    def __call__(self, value: Any) -> Tensor:
+        x = only_tensor(value, self.what)
+        keep = (0, self.channel_axis % x.ndim)
+        return x.mean(dim=[axis for axis in range(x.ndim) if axis not in keep])
+
+
+@dataclass(frozen=True)
+class ClassToken:
+    """The first token of (B, N, D)."""
+
+    what: str
+
+    def __call__(self, value: Any) -> Tensor:
+        return only_tensor(value, self.what)[:, 0]
+
+
+@dataclass(frozen=True)
+class ByUser:
+    """The user's callable, whose result must be (B, D)."""
+
+    what: str
+    function: Pool
+
+    def __call__(self, value: Any) -> Tensor:
+        return checked(self.function(value), f"pool= of {self.what}")
+
+
+def pool_for(value: Any, width: int | None, pool: str | Pool | None, what: str) -> Pool:
+    """The pooling of a layer's output as probed, whose last weights had `width` channels.
+
+    Raises ValueError where `pool` does not say how `value` becomes (B, D).
+    """
+    if callable(pool):
+        by_user = ByUser(what, pool)
+        by_user(value)
+        return by_user
+    if pool not in ("auto", "mean", "cls", None):
+        raise ValueError(
+            f"pool={pool!r} is not known. Give 'auto', 'mean', 'cls', None, or a callable that "
+            "turns the layer's output into (B, D)."
+        )
+    x = only_tensor(value, what)
+    if x.ndim == 2 or pool is None:
+        checked(x, what)
+        return Unchanged(what)
+    shape = tuple(x.shape)
+    if x.ndim < 3:
+        raise ValueError(f"The output of {what} has shape {shape}; expected (B, D) or more axes.")
+    if pool == "cls":
+        if x.ndim != 3:
+            raise ValueError(
+                f"pool='cls' takes the first token of (B, N, D), but {what} gives {shape}. Give "
+                "pool='mean', or a callable."
+            )
+        return ClassToken(what)
+    return MeanOver(what, _channel_axis(x, width, pool, what))
+
+
+def _channel_axis(x: Tensor, width: int | None, pool: str | None, what: str) -> int:
+    shape, first, last = tuple(x.shape), x.shape[1] == width, x.shape[-1] == width
+    if x.ndim == 3:
+        if pool == "mean" and not (first and not last):
+            return -1
+        if first and not last:
+            return 1
+        raise ValueError(
+            f"{what[0].upper() + what[1:]} gives tokens {shape}, and how to pool them is not "
+            "known. Give pool='mean' for the mean token, pool='cls' for the first one, or a "
+            "callable."
+        )
+    if first != last:
+        return 1 if first else -1
+    came = "both its second and its last axis fit" if first else "neither axis fits"
+    raise ValueError(
+        f"{what[0].upper() + what[1:]} gives {shape}, and which axis holds the channels is not "
+        f"known ({came} the {width} channels of the last layer with weights). Give pool=, for "
+        "example pool=lambda x: x.mean((2, 3)) for (B, C, H, W)."
+    )
+
+
+def hugging_face_pool(net: nn.Module, output: Any, width: int | None, pool: Any) -> Pool:
+    """What the classification head that transformers puts on this base model would be given."""
+    if pool != "auto":
+        value = output.get("last_hidden_state", output)
+        return (
+            pool_for(value, width, pool, "the network")
+            if not callable(pool)
+            else ByUser("the network", pool)
+        )
+    config: Any = net.config
+    found = HuggingFacePool(config.model_type, getattr(config, "num_register_tokens", 0) or 0)
+    found(output)
+    return found
+
+
+@dataclass(frozen=True)
+class HuggingFacePool:
+    """By model type, as modeling_<type>.py of transformers 5 feeds its ForImageClassification.
+
+    A type that is not listed gives its pooler_output.
+    """
+
+    model_type: str
+    registers: int
+
+    def __call__(self, output: Any) -> Tensor:
+        tokens = output.get("last_hidden_state")
+        kind = self.model_type.removesuffix("_vision_model")
+        if tokens is not None and tokens.ndim == 3:
+            if kind in ("vit", "deit", "vit_msn", "pvt"):
+                return tokens[:, 0]
+            if kind in ("dinov2", "dinov2_with_registers"):
+                patches = tokens[:, 1 + self.registers :]
+                return torch.cat((tokens[:, 0], patches.mean(1)), dim=1)
+            if kind in ("clip", "metaclip_2"):
+                return tokens[:, 1:].mean(1)
+            if kind in ("siglip", "siglip2", "ijepa", "levit"):
+                return tokens.mean(1)
+        if kind in ("segformer", "pvt_v2") and tokens is not None and tokens.ndim == 4:
+            return tokens.mean((2, 3))
+        pooled = output.get("pooler_output")
+        if pooled is None:
+            raise ValueError(
+                f"Which output of a Hugging Face {self.model_type!r} model is its representation "
+                "is not known: it gives no pooler_output. Name a layer with hidden_layer= and how "
+                "to pool it with pool=, or pass the ForImageClassification model."
+            )
+        return (
+            pooled.flatten(1) if pooled.shape[2:].numel() == 1 else checked(pooled, "pooler_output")
+        )
+
+
+def only_tensor(value: Any, what: str) -> Tensor:
+    """The tensor that `value` is, or the only one that it holds."""
+    if isinstance(value, Tensor):
+        return value
+    values = list(value.values()) if isinstance(value, Mapping) else value
+    held = [x for x in values if isinstance(x, Tensor)] if isinstance(values, (tuple, list)) else []
+    if len(held) == 1:
+        return held[0]
+    names = f" ({', '.join(map(str, value))})" if isinstance(value, Mapping) else ""
+    raise ValueError(
+        f"The output of {what} is a {type(value).__name__} with {len(held)} tensors{names}, not "
+        "one tensor. Give pool= a callable that takes it and returns (B, D)."
+    )
+
+
+def checked(x: Any, what: str) -> Tensor:
+    """`x` if it is (B, D)."""
+    if not isinstance(x, Tensor) or x.ndim != 2:
+        came = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"The output of {what} is {came}; a representation is (B, D). Give pool='mean', "
+            "pool='cls', or a callable that returns (B, D)."
+        )
+    return x

@@ -1,0 +1,213 @@
+"""One look at a network that leaves no trace: what it takes, and what runs in its forward."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def probe_inputs(net: nn.Module, size: tuple[int, int] | None, example: Any) -> Any:
+    """Two images of noise that the network takes, or `example`, on its device and in its dtype.
+
+    The channel count is the first convolution's, else what a first Linear's width allows. Raises
+    ValueError where the network takes no such input.
+    """
+    parameter = next(p for p in net.parameters() if p.is_floating_point())
+    lazy = any(isinstance(p, UninitializedParameter) for p in net.parameters())
+    if example is not None:
+        floats = [
+            x.to(parameter) if x.is_floating_point() else x.to(parameter.device)
+            for x in tensors(example)
+        ]
+        candidates = [rebuild(example, iter(floats))]
+    else:
+        assert size is not None
+        generator = torch.Generator().manual_seed(0)
+        candidates = [
+            torch.rand(2, channels, *size, generator=generator).to(parameter)
+            for channels in _channels(net, size)
+        ]
+    first: Exception | None = None
+    for inputs in candidates:
+        try:
+            with nullcontext() if lazy else undisturbed(net), torch.no_grad():
+                call(net, inputs)
+            return inputs
+        except Exception as error:  # whatever a foreign forward raises
+            first = first or error
+    shapes = " or ".join(str([tuple(x.shape) for x in tensors(c)])[1:-1] for c in candidates)
+    raise ValueError(
+        f"{type(net).__name__} does not take an input of shape {shapes}: "
+        f"{type(first).__name__}: {first}. Give the image_size that it was built for, or "
+        "example_input= with an input that it takes."
+    ) from first
+
+
+def _channels(net: nn.Module, size: tuple[int, int]) -> list[int]:
+    found: list[int] = []
+    for module in net.modules():
+        if isinstance(module, _CONVOLUTIONS):
+            found.append(module.in_channels)
+            break
+        if isinstance(module, nn.Linear):
+            if module.in_features % (size[0] * size[1]) == 0:
+                found.append(module.in_features // (size[0] * size[1]))
+            break
+    configured = getattr(getattr(net, "config", None), "num_channels", None)
+    found += [configured] if isinstance(configured, int) else []
+    return list(dict.fromkeys([c for c in found if c > 0] + [3, 1]))
+
+
+def call(net: nn.Module, inputs: Any) -> Any:
+    """net(tensor), net(*tuple) or net(**mapping)."""
+    if isinstance(inputs, Mapping):
+        return net(**inputs)
+    return net(*inputs) if isinstance(inputs, (tuple, list)) else net(inputs)
+
+
+@contextmanager
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode, gradients for every float parameter, and all as it was afterwards."""
+    modes = [(m, m.training) for m in net.modules()]
+    parameters = [(p, p.requires_grad) for p in net.parameters() if p.is_floating_point()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in net.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not isinstance(buffer, UninitializedBuffer)
+    ]
+    # Some networks cache in plain attributes what they compute in evaluation mode.
+    attributes = [(module, _plain_attributes(module)) for module in net.modules()]
+    cuda = sorted({p.device.index for p, _ in parameters if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+        try:
+            net.eval()
+            for parameter, _ in parameters:
+                parameter.requires_grad_()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for module, saved in attributes:
+                for key in _plain_attributes(module).keys() - saved.keys():
+                    del module.__dict__[key]
+                module.__dict__.update(saved)
+            for parameter, trained in parameters:
+                parameter.requires_grad_(trained)
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+                    module._buffers[name] = buffer
+
+
+_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    own = {k: v for k, v in vars(module).items() if k not in _OWN_ATTRIBUTES}
+    return {k: copy.copy(v) if type(v) in (dict, list) else v for k, v in own.items()}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a module was given in a forward, and the channels of what came before it."""
+
+    name: str
+    value: Any
+    width: int | None
+
+
+class Trace:
+    """Records a forward through temporary hooks: what ran how often, and the last head."""
+
+    def __init__(self, root: nn.Module, layer: str | None = None) -> None:
+        self.root, self.layer = root, layer
+        self.runs: dict[str, int] = {}
+        self.inputs: dict[int, Seen] = {}
+        self.head: Seen | None = None  # the last Linear, convolution, or placeholder for one
+        self.width: int | None = None  # channels of what the last layer with weights gave
+        self.tapped: tuple[Any, int | None] = (None, None)
+        self.output: Any = None
+        self._head_output: Any = None
+
+    def run(self, inputs: Any) -> None:
+        handles = []
+        for name, module in self.root.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(self._before(name)))
+                handles.append(module.register_forward_hook(self._after(name)))
+        try:
+            self.output = call(self.root, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def ends_in_head(self) -> bool:
+        """Whether the network returns what its last head gives, as (B, classes)."""
+        made, returned = self._head_output, tensors(self.output)
+        return (
+            isinstance(made, Tensor)
+            and bool(returned)
+            and returned[0].ndim == 2
+            and returned[0].numel() == made.numel()
+            and returned[0].data_ptr() == made.data_ptr()
+        )
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.runs[name] = self.runs.get(name, 0) + 1
+            if args:
+                self.inputs[id(module)] = Seen(name, args[0], self.width)
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if args and (isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or _is_empty(module)):
+                seen, own = self.inputs[id(module)], _width(module, "in_")
+                self.head = Seen(name, seen.value, own or seen.width)
+                self._head_output = output
+            self.width = _width(module) or self.width
+            if name == self.layer:
+                self.tapped = (output, self.width)
+
+        return hook
+
+
+def _is_empty(module: nn.Module) -> bool:
+    # What users put where a classifier was: nn.Identity() or an empty nn.Sequential().
+    return isinstance(module, nn.Identity) or (type(module) is nn.Sequential and len(module) == 0)
+
+
+def _width(module: nn.Module, side: str = "out_") -> int | None:
+    for attribute in (side + "channels", side + "features"):
+        if module._parameters and isinstance(width := getattr(module, attribute, None), int):
+            return width
+    weight = module._parameters.get("weight") if side == "out_" else None
+    return weight.shape[0] if weight is not None and weight.ndim == 1 else None
+
+
+def tensors(inputs: Any) -> list[Tensor]:
+    """The tensors of an input or output that is one, or a flat tuple, list or mapping of some."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    held = isinstance(inputs, (Mapping, tuple, list))
+    return [x for x in values if isinstance(x, Tensor)] if held else []
+
+
+def rebuild(inputs: Any, replacements: Iterator[Tensor]) -> Any:
+    """`inputs` with its tensors replaced in order."""
+    if isinstance(inputs, Tensor):
+        return next(replacements)
+    if isinstance(inputs, Mapping):
+        return {k: next(replacements) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return tuple(next(replacements) if isinstance(v, Tensor) else v for v in inputs)

@@ -1,0 +1,172 @@
+"""Reads a network's representation (B, D) through a tap that leaves the network as it is.
+
+Which layer that is, and how its output is pooled, is found out by locate.py.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from byol_pytorch.probe import call
+
+Pool = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a network's representation is: what of which layer, pooled how.
+
+    `take` is "input" or "output" of the layer with the dotted name `layer`, the output of the
+    "net" itself, or the result of timm's two public "methods".
+    """
+
+    take: Literal["input", "output", "net", "methods"]
+    layer: str
+    pool: Pool
+    droppable: bool = False  # the target works without the layer, as a probe has shown
+
+
+class Tap:
+    """Holds one layer's input or output while its own learner's forward runs.
+
+    It knows nothing of the learner, does nothing when anybody else calls the network, and is
+    empty when copied or pickled.
+    """
+
+    def __init__(self) -> None:
+        self.pool: Pool | None = None  # None: disarmed
+        self.value: Any = None
+        self.runs = 0
+
+    def __reduce__(self) -> tuple[type["Tap"], tuple[()]]:
+        return Tap, ()
+
+    def take_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.pool is not None:
+            self.value, self.runs = args[0], self.runs + 1
+
+    def take_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.pool is not None:
+            self.value, self.runs = output, self.runs + 1
+
+    def give(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """On the root: what the network returns while armed is the pooled representation.
+
+        FSDP2 hangs its backward on what a module returns, so the loss must be made of that.
+        """
+        return output if self.pool is None else self.pool(self.value)
+
+
+class Representation:
+    """Reads the representation that `source` describes off `net`, which is called as usual.
+
+    The hooks are removed together with this object. Copied in one deepcopy or pickle with its
+    network, it reads the copy.
+    """
+
+    def __init__(self, net: nn.Module, source: Source) -> None:
+        self.source, self.tap = source, Tap()
+        root = uncompiled(net)
+        layer = root.get_submodule(source.layer)
+        self.handles = []
+        if source.take == "input":
+            self.handles.append(layer.register_forward_pre_hook(self.tap.take_input))
+        elif source.take in ("output", "net"):
+            self.handles.append(layer.register_forward_hook(self.tap.take_output))
+        if source.take != "methods":
+            self.handles.append(root.register_forward_hook(self.tap.give))
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "handles", ()):
+            handle.remove()
+
+    def __call__(self, net: nn.Module, inputs: Any) -> Tensor:
+        """(B, D) of `inputs`. Raises RuntimeError where the layer did not run exactly once."""
+        if self.source.take == "methods":
+            return self.source.pool(timm_methods(net, inputs))
+        self.tap.pool = self.source.pool
+        try:
+            result: Tensor = call(net, inputs)
+            runs = self.tap.runs
+        finally:
+            self.tap.pool, self.tap.value, self.tap.runs = None, None, 0
+        if runs != 1:
+            raise RuntimeError(runs_message(self.source.layer, runs))
+        return result
+
+
+def copy_for_target(net: nn.Module, source: Source) -> nn.Module:
+    """A deep copy of `net` without taps, and without the head that its representation skips."""
+    root = uncompiled(net)
+    memo: dict[int, Any] = {}
+    if source.droppable:
+        memo[id(root.get_submodule(source.layer))] = nn.Identity()
+    try:
+        twin = copy.deepcopy(root, memo)
+    except Exception as error:
+        raise TypeError(
+            f"The EMA target is a deep copy of the network, but {type(net).__name__} cannot be "
+            f"deep-copied ({type(error).__name__}: {error}). Remove what holds files, locks, "
+            "non-leaf tensors or generators from its attributes, or give use_momentum=False."
+        ) from error
+    for module in twin.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if _is_tap(hook)]:
+                del hooks[key]
+    return twin
+
+
+def uncompiled(net: nn.Module) -> nn.Module:
+    """The module inside torch.compile's wrapper, or the module itself."""
+    inner = getattr(net, "_orig_mod", net)
+    return inner if isinstance(inner, nn.Module) else net
+
+
+def timm_methods(net: nn.Module, images: Tensor) -> Tensor:
+    """The pooled feature by timm's public interface, for models without one plain classifier.
+
+    Raises RuntimeError where the network is an FSDP unit of its own: its methods would then run
+    on sharded parameters.
+    """
+    network: Any = net
+    if hasattr(net, "unshard"):
+        raise RuntimeError(
+            f"{type(net).__name__}'s representation comes from its methods forward_features and "
+            "forward_head, which fully_shard(net) does not cover. Shard its blocks and the "
+            "learner, or name a layer with hidden_layer=."
+        )
+    return network.forward_head(network.forward_features(images), pre_logits=True)
+
+
+def check_gradient(representation: Tensor, net: nn.Module, source: Source) -> None:
+    """Raise RuntimeError where the network trains but its representation carries no gradient."""
+    if not torch.is_grad_enabled() or representation.requires_grad:
+        return
+    if any(p.requires_grad for p in net.parameters()):
+        raise RuntimeError(
+            f"The representation, taken at layer {source.layer!r}, carries no gradient although "
+            "the network trains: the layer runs under no_grad or inside a reentrant checkpoint. "
+            "Use torch.utils.checkpoint with use_reentrant=False, or name a layer outside of it."
+        )
+
+
+def runs_message(layer: str, runs: int) -> str:
+    """Why a layer that did not run exactly once cannot be the representation."""
+    if runs == 0:
+        return (
+            f"Layer {layer!r} did not run in the network's forward, so there is no representation. "
+            "Name another with hidden_layer=; if the network was already compiled and called, "
+            "build BYOL first and compile the learner."
+        )
+    return (
+        f"Layer {layer!r} ran {runs} times in one forward, so it is not clear which run is the "
+        "representation. Name a layer that runs once with hidden_layer=."
+    )
+
+
+def _is_tap(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), Tap)
