@@ -1,0 +1,381 @@
+"""BYOL as one module: two views, an online network, its EMA target and the loss between them.
+
+Finding the representation, the heads, the target's update, the loss and the views live in files of
+their own; optimizers, data and loops are the user's.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, byol_views
+from byol_pytorch.diagnostics import agreement, effective_rank, feature_std
+from byol_pytorch.heads import mlp, simplicial_embedding, simsiam_mlp
+from byol_pytorch.inputs import (
+    Layout,
+    as_dtype,
+    channel_stats,
+    check_alike,
+    check_batch,
+    check_decay,
+    check_image_size,
+    check_network,
+    concatenated,
+    looks_unscaled,
+    scaled,
+)
+from byol_pytorch.locate import locate
+from byol_pytorch.loss import regression_loss
+from byol_pytorch.probe import probe_inputs, tensors
+from byol_pytorch.representation import (
+    Pool,
+    Representation,
+    check_gradient,
+    copy_for_target,
+    uncompiled,
+)
+from byol_pytorch.target import Target, ema_decay
+
+Augmentation = Callable[[Any], Any]
+Stats = tuple[float, ...] | Literal["auto"] | None
+
+
+class BYOL(nn.Module):
+    """Bootstrap Your Own Latent (arXiv 2006.07733) around any backbone.
+
+    Args:
+        net: the backbone, trained in place. Construction runs one probe through it and leaves no
+            trace: modes, buffers, gradients, requires_grad and state_dict stay bit-equal, and the
+            global random state moves only by what initialising the heads draws.
+        image_size: side, or (height, width), of the views and of the probe in pixels. May be None
+            with `example_input`.
+        hidden_layer: the layer whose output is the representation: a dotted name, an index into
+            net.children(), -1 for the network's own output, or "auto" for the model's own pooled
+            feature: what timm's forward_head(pre_logits=True) gives, what a Hugging Face model's
+            classification head is fed, the input of a torchvision model's last Linear or
+            convolution; of any other network the input of its last Linear where that Linear gives
+            the network's output, else the output itself.
+        projection_size, projection_hidden_size: 256 and 4096 (paper, section 3.3).
+        augment_fn, augment_fn2: callables from (B, C, H, W) float in [0, 1] to a view. None for the
+            paper's two distributions; augment_fn2 falls back to augment_fn where that is given. A
+            torchvision transform draws once for a whole batch: wrap it in augment.per_image.
+        moving_average_decay: EMA decay in [0, 1]; 0.996 is the paper's for 1000 ImageNet epochs,
+            0.99 for 100 to 300; about 0.97 suits runs of some hundred steps.
+        use_momentum: False makes the target the online network with stop-gradient and the projector
+            SimSiam's (arXiv 2011.10566): no target copy, no update_moving_average.
+        sync_batchnorm: whether the heads' batch statistics span all processes. None, the default,
+            and True: whenever several processes train, decided at each training forward.
+        use_simplicial_embeddings, sem_*: a softmax bottleneck before the projector
+            (arXiv 2204.00616). Off, because the paper has none.
+        total_steps: number of EMA updates over which the decay rises by a half cosine to 1 (paper,
+            section 3.2). None: it stays at its base.
+        pool: how the layer's output becomes (B, D): "auto", "mean", "cls", None for as it is, or a
+            callable.
+        example_input: an input that the network takes (a tensor, a tuple, or a mapping of keyword
+            arguments, batch first), for networks that one image tensor does not fit.
+        mean, std: normalisation after the default views, one value a channel; "auto" is ImageNet's
+            for three channels and none for others; None is none.
+        target_dropout: keep dropout and stochastic depth in the target (off as in the paper).
+        concatenate_views: pass both views through the networks as one batch, which shares their
+            batch statistics; off as in the paper.
+        check_finite: raise on images with NaN or inf. Costs a host-device synchronisation a call.
+
+    Raises:
+        TypeError, ValueError: bad arguments, a layer that is no representation, or a network that
+            does not take the probe, each with how to mend it.
+
+    Public parts: `net`, `projector`, `predictor`, `target` (`.net` and `.projector`, None without
+    momentum). Build the optimizer after BYOL, from `learner.parameters()`, or the heads will not
+    train; parameters without a gradient are skipped by every torch optimizer.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        image_size: int | tuple[int, int] | None,
+        hidden_layer: str | int = "auto",
+        projection_size: int = 256,
+        projection_hidden_size: int = 4096,
+        augment_fn: Augmentation | None = None,
+        augment_fn2: Augmentation | None = None,
+        moving_average_decay: float = 0.996,
+        use_momentum: bool = True,
+        sync_batchnorm: bool | None = None,
+        use_simplicial_embeddings: bool = False,
+        sem_num_simplices: int = 32,
+        sem_simplex_dim: int = 8,
+        sem_temperature: float = 0.1,
+        *,
+        total_steps: int | None = None,
+        pool: str | Pool | None = "auto",
+        example_input: Any = None,
+        mean: Stats = "auto",
+        std: Stats = "auto",
+        target_dropout: bool = False,
+        concatenate_views: bool = False,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__()
+        check_network(net)
+        check_decay(moving_average_decay, total_steps)
+        size = check_image_size(image_size, example_input)
+        inputs = probe_inputs(uncompiled(net), size, example_input)
+        found = locate(net, inputs, hidden_layer, pool)
+        self.net = net
+        self._representation = Representation(net, found.source)
+        self._unreached = found.unreached
+        self._layout = Layout.of(inputs, size, example_input is not None)
+
+        dim, hidden = found.probe.shape[1], projection_hidden_size
+        make = mlp if use_momentum else simsiam_mlp
+        if use_simplicial_embeddings:
+            embedding = simplicial_embedding(
+                dim, sem_num_simplices, sem_simplex_dim, sem_temperature, sync_batchnorm
+            )
+            width = sem_num_simplices * sem_simplex_dim
+            projector = nn.Sequential(
+                embedding, make(width, projection_size, hidden, sync_batchnorm)
+            )
+        else:
+            projector = make(dim, projection_size, hidden, sync_batchnorm)
+        self.projector = projector.to(found.probe)
+        self.predictor = mlp(projection_size, projection_size, hidden, sync_batchnorm).to(
+            found.probe
+        )
+
+        self._set_views(augment_fn, augment_fn2, mean, std)
+        self.use_momentum, self.total_steps = use_momentum, total_steps
+        self.target_dropout, self.concatenate_views = target_dropout, concatenate_views
+        self.check_finite = check_finite
+        self._base_decay, self._step = float(moving_average_decay), 0
+        self._range_checked = False
+        self.target: Target | None = None
+        self.reset_moving_average()
+
+    def forward(
+        self,
+        images: Any,
+        view_two: Any = None,
+        return_projection: bool = True,
+        *,
+        return_embedding: bool = False,
+    ) -> Any:
+        """The loss, or with `return_embedding` what the online network makes of the images.
+
+        Args:
+            images: (B, C, H, W) uint8 in [0, 255] or float in [0, 1]; with `view_two`, the first
+                of two views (float, as the network should see them: nothing is added).
+            view_two: the second view. A bool here is read as return_embedding.
+
+        Returns:
+            A float32 scalar in [0, 8]: the mean over the batch of 2 - 2 cos, summed over both
+            directions (paper, equations 2 and 3). With return_embedding (projection (B, P),
+            embedding (B, D)), or the embedding alone without return_projection, with gradient and
+            in the current mode, normalised as in training.
+
+        Raises ValueError for images that do not fit, RuntimeError for a batch of one whose heads
+        would take batch statistics of it.
+        """
+        if isinstance(view_two, bool):
+            return_embedding, view_two = view_two, None
+        if return_embedding:
+            embedding = self.representation(images)
+            return (self.projector(embedding), embedding) if return_projection else embedding
+        if view_two is None:
+            one, two = self.views(images)
+            check_alike(one, two)
+        else:
+            one, two = images, view_two
+            self._layout.check_views(one, two, self.check_finite)
+        check_batch(one, (self.projector, self.predictor))
+        return self._loss(one, two)
+
+    @torch.no_grad()
+    def views(self, images: Any) -> tuple[Any, Any]:
+        """Two augmented views of `images` as the network is to see them, without gradient."""
+        self._check_images(images)
+        if self.augment_fn is None or self.augment_fn2 is None:
+            raise ValueError(
+                "There are no default views without image_size or for inputs other than "
+                "(B, C, H, W). Give augment_fn, or call learner(view_one, view_two)."
+            )
+        raw = images if all(self._default_views) else scaled(images)
+        with torch.autocast(tensors(images)[0].device.type, enabled=False):
+            return self.augment_fn(raw), self.augment_fn2(raw)
+
+    def representation(self, images: Any, normalise: bool = True) -> Tensor:
+        """(B, D) of `images` without augmentation, in the current mode, with gradient.
+
+        uint8 is scaled to [0, 1]; with `normalise` the images are then normalised as the default
+        views are, so that the network sees what it was trained on. Where augment_fn was given
+        nothing more is done; give normalise=False after training on ready views that were not
+        normalised.
+        """
+        return self._embed(self._as_seen(images, normalise))
+
+    @torch.no_grad()
+    def update_moving_average(self) -> None:
+        """Move the target towards the online network: once after each optimizer step.
+
+        Every call counts as one step of the decay's schedule, before any optimizer step too (the
+        target then stays where it is); with gradient accumulation call it once per optimizer
+        step. Raises RuntimeError without momentum.
+        """
+        if self.target is None:
+            raise RuntimeError(
+                "With use_momentum=False there is no target to move: leave out "
+                "update_moving_average()."
+            )
+        self.target.update(uncompiled(self.net), self.projector, self.moving_average_decay)
+        self._step += 1
+
+    @property
+    def moving_average_decay(self) -> float:
+        """The decay that the next update will use."""
+        return ema_decay(self._base_decay, self._step, self.total_steps)
+
+    def reset_moving_average(self) -> None:
+        """Make the target a fresh copy of the online network and projector, and the step 0."""
+        self._step = 0
+        if self.use_momentum:
+            source = self._representation.source
+            net = copy_for_target(self.net, source)
+            self._target_representation = Representation(net, source)
+            self.target = Target(net, copy.deepcopy(self.projector), dropout=self.target_dropout)
+
+    @torch.no_grad()
+    def diagnostics(self, images: Any) -> dict[str, float]:
+        """Health of the run on (B, C, H, W) images: no augmentation, evaluation mode, no trace.
+
+        Returns feature_std (0 in collapse, about 1 / sqrt(projection_size) in health),
+        effective_rank (RankMe of the projections, 1 to min(B, projection_size)), agreement (mean
+        cosine between prediction and target projection) and ema_decay. Costs two forward passes
+        and one synchronisation.
+        """
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            seen = self._as_seen(images)
+            projection = self.projector(self._embed(seen))
+            target = projection if self.target is None else self._target_projection(seen)
+            agree = agreement(self.predictor(projection), target)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        figures = torch.stack([feature_std(projection), effective_rank(projection), agree])
+        names = ("feature_std", "effective_rank", "agreement")
+        return dict(zip(names, figures.tolist(), strict=True)) | {
+            "ema_decay": self.moving_average_decay
+        }
+
+    def ddp_ignored(self, prefix: str = "") -> list[str]:
+        """Names of the parameters that do not reach the representation, with `prefix` in front.
+
+        They get no gradient, so DDP must not wait for one. DDP(learner) reads them by itself; set
+        `_ddp_params_and_buffers_to_ignore` of a module that wraps the learner to
+        ddp_ignored("name.of.the.learner."). DDP does not broadcast them at its start either:
+        `for p in ...: torch.distributed.broadcast(p.data, 0)` does, where ranks were initialised
+        differently.
+        """
+        inner = "" if uncompiled(self.net) is self.net else "_orig_mod."
+        names = [f"net.{inner}{name}" for name in sorted(self._unreached)]
+        return [prefix + name for name in names]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        return self.ddp_ignored() + self.ddp_ignored("_orig_mod.")
+
+    def get_extra_state(self) -> Tensor:
+        """The EMA step, so that a resumed run goes on with the same decay."""
+        return torch.tensor(self._step, dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore the EMA step."""
+        self._step = int(state)
+
+    def _set_views(
+        self, augment_fn: Augmentation | None, augment_fn2: Augmentation | None, mean: Any, std: Any
+    ) -> None:
+        layout = self._layout
+        pictures = layout.size is not None and layout.shape is not None and len(layout.shape) == 4
+        stats = channel_stats(mean, std, layout.channels, (IMAGENET_MEAN, IMAGENET_STD))
+        self._default_views = (
+            augment_fn is None and pictures,
+            augment_fn is None and augment_fn2 is None and pictures,
+        )
+        first = second = None
+        if any(self._default_views):
+            assert layout.size is not None
+            values = (None, None) if stats is None else stats
+            first, second = byol_views(layout.size, mean=values[0], std=values[1])
+        elif mean not in ("auto", None):
+            raise ValueError(
+                "mean and std normalise after the default views, and augment_fn replaces those: "
+                "normalise in augment_fn, and leave mean and std out."
+            )
+        self._stats = stats if any(self._default_views) else None
+        self.augment_fn = augment_fn or first
+        self.augment_fn2 = augment_fn2 or augment_fn or second
+
+    def _check_images(self, images: Any) -> None:
+        self._layout.check(images, "The images", self.check_finite)
+        if torch.compiler.is_compiling() or self._range_checked:
+            return
+        self._range_checked = True
+        if looks_unscaled(images):
+            warnings.warn(
+                "The images are float with values above 2, expected [0, 1]. If they are in "
+                "[0, 255], divide by 255 or pass them as uint8.",
+                stacklevel=4,
+            )
+
+    def _as_seen(self, images: Any, normalise: bool = True) -> Any:
+        self._check_images(images)
+        images = scaled(images)
+        if normalise and self._stats is not None:
+            mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in self._stats)
+            images = (images - mean) / std
+        return images
+
+    def _loss(self, one: Any, two: Any) -> Tensor:
+        (p_one, z_one), (p_two, z_two) = self._each_view(self._online, one, two)
+        if self.target is not None:
+            with torch.no_grad():
+                (z_one,), (z_two,) = self._each_view(self._frozen, one, two)
+        return regression_loss(p_one, z_two.detach()) + regression_loss(p_two, z_one.detach())
+
+    def _each_view(
+        self, branch: Callable[[Any], tuple[Tensor, ...]], one: Any, two: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        if not self.concatenate_views:
+            return branch(one), branch(two)
+        halves = [output.chunk(2) for output in branch(concatenated(one, two))]
+        return tuple(h[0] for h in halves), tuple(h[1] for h in halves)
+
+    def _online(self, view: Any) -> tuple[Tensor, Tensor]:
+        projection = self.projector(self._embed(view))
+        return self.predictor(projection), projection
+
+    def _frozen(self, view: Any) -> tuple[Tensor]:
+        return (self._target_projection(view),)
+
+    def _target_projection(self, view: Any) -> Tensor:
+        assert self.target is not None
+        embedding = self._target_representation(self.target.net, self._in_dtype(view))
+        return self.target.projector(embedding)
+
+    def _embed(self, view: Any) -> Tensor:
+        representation = self._representation(self.net, self._in_dtype(view))
+        check_gradient(representation, self.net, self._representation.source)
+        return representation
+
+    def _in_dtype(self, view: Any) -> Any:
+        # A network cast to bfloat16 takes bfloat16; under autocast the casts are autocast's.
+        if torch.is_autocast_enabled(tensors(view)[0].device.type):
+            return view
+        dtypes = (p.dtype for p in self.net.parameters() if p.is_floating_point())
+        return as_dtype(view, next(dtypes))
