@@ -6,7 +6,7 @@ Which layer that is, and how its output is pooled, is found out by locate.py.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,9 @@ class Tap:
 
         FSDP2 hangs its backward on what a module returns, so the loss must be made of that.
         """
-        return output if self.pool is None else self.pool(self.value)
+        if self.pool is None or self.runs != 1:
+            return output
+        return self.pool(self.value)
 
 
 class Representation:
@@ -95,8 +97,20 @@ class Representation:
         finally:
             self.tap.pool, self.tap.value, self.tap.runs = None, None, 0
         if runs != 1:
-            raise RuntimeError(runs_message(self.source.layer, runs))
+            self._refuse(net, runs)
         return result
+
+
+    def _refuse(self, net: nn.Module, runs: int) -> NoReturn:
+        layer = uncompiled(net).get_submodule(self.source.layer)
+        hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+        if not any(getattr(hook, "__self__", None) is self.tap for hook in hooks):
+            raise RuntimeError(
+                f"Layer {self.source.layer!r}, where the representation is taken, was replaced "
+                "after BYOL was built, as nn.SyncBatchNorm.convert_sync_batchnorm does: convert "
+                "first, then wrap."
+            )
+        raise RuntimeError(runs_message(self.source.layer, runs))
 
 
 def copy_for_target(net: nn.Module, source: Source) -> nn.Module:

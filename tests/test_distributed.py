@@ -1,0 +1,268 @@
+"""Two real processes on gloo must do what one does on the joint batch."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from byol_pytorch import BYOL
+from byol_pytorch.heads import BatchNorm
+
+STEPS, BATCH, WORLD = 3, 8, 2
+EAGER = ("ddp", "ddp_wrapper", "fsdp_root", "fsdp_blocks", "fsdp_net")
+COMPILED = ("compiled_ddp", "ddp_of_compiled", "fsdp_root_compiled")
+BACKEND = "aot_eager"  # captures the same single graph as inductor, without its code generation
+
+
+def group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(2, channels)
+
+
+def build(norm: Callable[[int], nn.Module] = group_norm) -> BYOL:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3, 2), norm(8), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 16, 3, 2), norm(16), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )  # fmt: skip
+    return BYOL(
+        net, 16, projection_size=8, projection_hidden_size=32, moving_average_decay=0.9,
+        total_steps=10,
+    )  # fmt: skip
+
+
+def views() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    shape = (BATCH, 3, 16, 16)
+    return [
+        (torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+        for _ in range(STEPS)
+    ]
+
+
+class Wrapper(nn.Module):
+    """A module around the learner, as a LightningModule is one."""
+
+    def __init__(self, learner: BYOL) -> None:
+        super().__init__()
+        self.learner = learner
+        self._ddp_params_and_buffers_to_ignore = learner.ddp_ignored("learner.")
+
+    def forward(self, one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        return self.learner(one, two)
+
+
+def wrapped(learner: BYOL, how: str) -> nn.Module:
+    if how == "ddp":
+        return DDP(learner)
+    if how == "ddp_wrapper":
+        return DDP(Wrapper(learner))
+    if how == "compiled_ddp":
+        learner.compile(fullgraph=True, backend=BACKEND)
+        return DDP(learner)
+    if how == "ddp_of_compiled":
+        return DDP(torch.compile(learner, fullgraph=True, backend=BACKEND))
+    mesh = init_device_mesh("cpu", (WORLD,))
+    if how == "fsdp_blocks":
+        for part in (learner.net[0], learner.net[1]):
+            fully_shard(part, mesh=mesh)
+    if how == "fsdp_net":
+        fully_shard(learner.net, mesh=mesh)
+        fully_shard(learner.target.net, mesh=mesh)
+    fully_shard(learner, mesh=mesh)
+    if how == "fsdp_root_compiled":
+        learner.compile(fullgraph=True, backend=BACKEND)
+    return learner
+
+
+def train(learner: BYOL, call: nn.Module, rank: int, world: int) -> torch.Tensor:
+    optimizer = torch.optim.SGD(learner.parameters(), 0.05, momentum=0.9)
+    losses = []
+    device = next(learner.parameters()).device
+    for one, two in ((a.to(device), b.to(device)) for a, b in views()):
+        loss = call(one.chunk(world)[rank], two.chunk(world)[rank])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        learner.update_moving_average()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def scenario(how: str, rank: int) -> dict:
+    torch._dynamo.reset()
+    learner = build()
+    losses = train(learner, wrapped(learner, how), rank, WORLD)
+    dist.all_reduce(losses)
+    classifier = learner.net[4].weight
+    result = {"losses": losses / WORLD, "classifier_grad": classifier.grad}
+    result["state"] = {name: whole(value) for name, value in learner.state_dict().items()}
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    learner.eval()
+    with torch.no_grad():
+        result["embedding"] = learner(images, return_embedding=True, return_projection=False)
+        if how == "fsdp_root":
+            register_fsdp_forward_method(learner, "representation")
+            result["representation"] = learner.representation(images)
+    return result
+
+
+def batch_norm(rank: int) -> dict:
+    """The synchronised norm on ranks with different numbers of rows."""
+    norm = BatchNorm(4, sync=None)
+    rows = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+    mine = rows[:5] if rank == 0 else rows[5:]
+    mine = mine.clone().requires_grad_()
+    (norm(mine) ** 3).sum().backward()
+    return {"grad": mine.grad, "state": norm.state_dict()}
+
+
+def details(rank: int) -> dict:
+    torch.manual_seed(100 + rank)
+    learner = build()
+    images = torch.rand(1, 3, 16, 16)
+    torch.manual_seed(100 + rank)
+    one, _ = learner.views(torch.full((4, 3, 16, 16), 0.5) + images[0] * 0)
+    single = learner(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16))
+    local = BYOL(build().net, 16, projection_size=8, projection_hidden_size=8, sync_batchnorm=False)
+    try:
+        local(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16))
+        refused = False
+    except ValueError:
+        refused = True
+    draws = [torch.zeros_like(one) for _ in range(WORLD)]
+    dist.all_gather(draws, one)
+    return {"draws": draws, "single": single.detach(), "refused": refused}
+
+
+def work(rank: int, names: tuple[str, ...], port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    extra = {"batch_norm": batch_norm, "details": details, "sync_batch_norm": sync_batch_norm}
+    results = {n: extra[n](rank) if n in extra else scenario(n, rank) for n in names}
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(names: tuple[str, ...], folder: Path) -> list[dict]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(work, (names, port, str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict:
+    learner = build()
+    losses = train(learner, learner, 0, 1)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    learner.eval()
+    embedding = learner(images, return_embedding=True, return_projection=False).detach()
+    return {"losses": losses, "state": learner.state_dict(), "embedding": embedding}
+
+
+def check_equals_one_process(results: list[dict], how: str, alone: dict) -> None:
+    for result in (r[how] for r in results):
+        torch.testing.assert_close(result["losses"], alone["losses"], atol=1e-5, rtol=1e-5)
+        assert set(result["state"]) == set(alone["state"])
+        for name, value in alone["state"].items():
+            torch.testing.assert_close(
+                result["state"][name],
+                value,
+                atol=2e-5,
+                rtol=1e-4,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+        torch.testing.assert_close(result["embedding"], alone["embedding"], atol=1e-4, rtol=1e-4)
+        assert result["classifier_grad"] is None
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run((*EAGER, "batch_norm", "details"), tmp_path_factory.mktemp("eager"))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run(COMPILED, tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.mark.xdist_group("two processes")
+class TestTwoProcesses:
+    @pytest.mark.parametrize("how", EAGER)
+    def test_equal_one_process_on_the_joint_batch(self, how, eager, alone):
+        check_equals_one_process(eager, how, alone)
+
+    def test_representation_is_one_line_away_under_fsdp(self, eager):
+        for result in (r["fsdp_root"] for r in eager):
+            torch.testing.assert_close(result["representation"], result["embedding"])
+
+    def test_synchronised_norm_equals_one_norm_over_all_rows(self, eager):
+        rows = torch.randn(7, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        norm = nn.BatchNorm1d(4)
+        (norm(rows) ** 3).sum().backward()
+        joint = torch.cat([r["batch_norm"]["grad"] for r in eager])
+        torch.testing.assert_close(joint, rows.grad, atol=1e-5, rtol=1e-4)
+        for result in eager:
+            torch.testing.assert_close(result["batch_norm"]["state"], norm.state_dict())
+
+    def test_ranks_draw_different_views(self, eager):
+        first, second = eager[0]["details"]["draws"]
+        assert (first - second).abs().max() > 1e-3
+
+    def test_a_batch_of_one_is_judged_on_all_ranks_where_norms_are_synchronised(self, eager):
+        for result in eager:
+            assert result["details"]["single"].isfinite()
+            assert result["details"]["refused"]
+
+
+@pytest.mark.xdist_group("two processes compiled")
+class TestTwoCompiledProcesses:
+    @pytest.mark.parametrize("how", COMPILED)
+    def test_equal_one_eager_process_on_the_joint_batch(self, how, compiled, alone):
+        check_equals_one_process(compiled, how, alone)
+
+
+def sync_batch_norm(rank: int) -> dict:
+    """A backbone with nn.SyncBatchNorm, both ranks on one GPU."""
+    learner = build(norm=nn.BatchNorm2d)
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(learner.net)
+    model = BYOL(
+        net,
+        16,
+        projection_size=8,
+        projection_hidden_size=32,
+        moving_average_decay=0.9,
+        total_steps=10,
+    )
+    model.load_state_dict(learner.state_dict())
+    model.cuda()
+    losses = train(model, DDP(model), rank, WORLD)
+    dist.all_reduce(losses)
+    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    return {"losses": losses.cpu() / WORLD, "state": state}
+
+
+@pytest.mark.gpu
+def test_a_backbone_with_sync_batch_norm_equals_one_process_on_cuda(tmp_path):
+    learner = build(norm=nn.BatchNorm2d).cuda()
+    losses = train(learner, learner, 0, 1)
+    for result in (r["sync_batch_norm"] for r in run(("sync_batch_norm",), tmp_path)):
+        torch.testing.assert_close(result["losses"], losses.cpu(), atol=1e-4, rtol=1e-4)
+        for name, value in learner.state_dict().items():
+            torch.testing.assert_close(result["state"][name], value.cpu(), atol=1e-3, rtol=1e-3)
