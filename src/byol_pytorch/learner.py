@@ -244,8 +244,8 @@ class BYOL(nn.Module):
         if self.use_momentum:
             source = self._representation.source
             net = copy_for_target(self.net, source)
-            self._target_representation = Representation(net, source)
-            self.target = Target(net, copy.deepcopy(self.projector), dropout=self.target_dropout)
+            projector = copy.deepcopy(self.projector)
+            self.target = Target(net, projector, source, dropout=self.target_dropout)
 
     @torch.no_grad()
     def diagnostics(self, images: Any) -> dict[str, float]:
@@ -261,7 +261,7 @@ class BYOL(nn.Module):
         try:
             seen = self._as_seen(images)
             projection = self.projector(self._embed(seen))
-            target = projection if self.target is None else self._target_projection(seen)
+            target = projection if self.target is None else self.target(self._in_dtype(seen))
             agree = agreement(self.predictor(projection), target)
         finally:
             for module, mode in modes:
@@ -361,12 +361,8 @@ class BYOL(nn.Module):
         return self.predictor(projection), projection
 
     def _frozen(self, view: Any) -> tuple[Tensor]:
-        return (self._target_projection(view),)
-
-    def _target_projection(self, view: Any) -> Tensor:
         assert self.target is not None
-        embedding = self._target_representation(self.target.net, self._in_dtype(view))
-        return self.target.projector(embedding)
+        return (self.target(self._in_dtype(view)),)
 
     def _embed(self, view: Any) -> Tensor:
         representation = self._representation(self.net, self._in_dtype(view))

@@ -5,9 +5,12 @@ How the copy is made lives in representation.py, when it is updated in learner.p
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from byol_pytorch.representation import Representation, Source
 
 
 def ema_decay(base: float, step: int, total_steps: int | None) -> float:
@@ -23,7 +26,7 @@ def ema_decay(base: float, step: int, total_steps: int | None) -> float:
 
 
 class Target(nn.Module):
-    """The frozen copies `net` and `projector`.
+    """The frozen copies `net`, read at `source`, and `projector`; both are taken over as they are.
 
     Parameters follow the online ones by EMA. Buffers are never averaged: the target's batch
     statistics come from its own forward passes, as in DeepMind's code; every other buffer keeps
@@ -33,13 +36,20 @@ class Target(nn.Module):
     at a decay of 0.996 nine tenths of the entries of a bfloat16 EMA never change.
     """
 
-    def __init__(self, net: nn.Module, projector: nn.Module, *, dropout: bool = False) -> None:
+    def __init__(
+        self, net: nn.Module, projector: nn.Module, source: Source, *, dropout: bool = False
+    ) -> None:
         super().__init__()
         self.net, self.projector, self.dropout = net, projector, dropout
+        self._representation = Representation(net, source)
         self.float32 = nn.Module()
         self.requires_grad_(False)
         self._widen()
         self._quieten()
+
+    def forward(self, view: Any) -> Tensor:
+        """The projection (B, P) of a view that is as the network should see it."""
+        return self.projector(self._representation(self.net, view))
 
     def train(self, mode: bool = True) -> "Target":
         super().train(mode)
