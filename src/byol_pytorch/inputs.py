@@ -3,7 +3,6 @@
 Checks run once, at the public boundary; what is behind it trusts them.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byol_pytorch import _view_checks
 from byol_pytorch.heads import BatchNorm, world_size
 from byol_pytorch.probe import tensors
-
-ImageSize = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -161,14 +159,7 @@ def check_image_size(image_size: Any, example_input: Any) -> tuple[int, int] | N
     """(height, width) of a valid image_size; None where example_input stands for it."""
     if image_size is None and example_input is not None:
         return None
-    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-    good = isinstance(sides, (tuple, list)) and len(sides) == 2
-    if not good or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
-        raise ValueError(
-            f"image_size={image_size!r}; expected a positive int or (height, width), for example "
-            "224 (None only together with example_input)."
-        )
-    return sides[0], sides[1]
+    return _view_checks.size(image_size)
 
 
 def check_decay(decay: float, total_steps: int | None) -> None:
@@ -219,26 +210,3 @@ def looks_unscaled(images: Any) -> bool:
         x.is_floating_point() and x.device.type == "cpu" and x.numel() and float(x.max()) > 2
         for x in tensors(images)
     )
-
-
-def channel_stats(
-    mean: Any, std: Any, channels: int | None, imagenet: tuple[tuple[float, ...], ...]
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """(mean, std) a channel, or None for no normalisation.
-
-    Raises ValueError where only one is given, a length differs from `channels` or a std is 0.
-    """
-    if mean == "auto" and std == "auto":
-        return (imagenet[0], imagenet[1]) if channels == 3 else None
-    if mean is None and std is None:
-        return None
-    for name, values in (("mean", mean), ("std", std)):
-        good = isinstance(values, (tuple, list, Tensor)) and len(values) == channels
-        if not good or not all(math.isfinite(float(v)) for v in values):
-            raise ValueError(
-                f"{name}={values!r}; expected {channels} numbers, one a channel, for mean and std "
-                "alike, or 'auto' or None for both."
-            )
-    if min(map(float, std)) <= 0:
-        raise ValueError(f"std={std!r}; expected positive numbers.")
-    return tuple(map(float, mean)), tuple(map(float, std))

@@ -12,13 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, byol_views
+from byol_pytorch.augment import ViewAugmentation, byol_views
 from byol_pytorch.diagnostics import agreement, effective_rank, feature_std
 from byol_pytorch.heads import mlp, simplicial_embedding, simsiam_mlp
 from byol_pytorch.inputs import (
     Layout,
     as_dtype,
-    channel_stats,
     check_alike,
     check_batch,
     check_decay,
@@ -132,20 +131,15 @@ class BYOL(nn.Module):
 
         dim, hidden = found.probe.shape[1], projection_hidden_size
         make = mlp if use_momentum else simsiam_mlp
+        width = sem_num_simplices * sem_simplex_dim if use_simplicial_embeddings else dim
+        projector = make(width, projection_size, hidden, sync_batchnorm)
         if use_simplicial_embeddings:
-            embedding = simplicial_embedding(
-                dim, sem_num_simplices, sem_simplex_dim, sem_temperature, sync_batchnorm
-            )
-            width = sem_num_simplices * sem_simplex_dim
-            projector = nn.Sequential(
-                embedding, make(width, projection_size, hidden, sync_batchnorm)
-            )
-        else:
-            projector = make(dim, projection_size, hidden, sync_batchnorm)
+            shape = (sem_num_simplices, sem_simplex_dim)
+            embedding = simplicial_embedding(dim, *shape, sem_temperature, sync_batchnorm)
+            projector = nn.Sequential(embedding, projector)
         self.projector = projector.to(found.probe)
-        self.predictor = mlp(projection_size, projection_size, hidden, sync_batchnorm).to(
-            found.probe
-        )
+        predictor = mlp(projection_size, projection_size, hidden, sync_batchnorm)
+        self.predictor = predictor.to(found.probe)
 
         self._set_views(augment_fn, augment_fn2, mean, std)
         self.use_momentum, self.total_steps = use_momentum, total_steps
@@ -177,8 +171,8 @@ class BYOL(nn.Module):
             embedding (B, D)), or the embedding alone without return_projection, with gradient and
             in the current mode, normalised as in training.
 
-        Raises ValueError for images that do not fit, RuntimeError for a batch of one whose heads
-        would take batch statistics of it.
+        Raises TypeError or ValueError for images that do not fit, ValueError also for a batch of
+        one whose heads would take batch statistics of it.
         """
         if isinstance(view_two, bool):
             return_embedding, view_two = view_two, None
@@ -203,7 +197,7 @@ class BYOL(nn.Module):
                 "There are no default views without image_size or for inputs other than "
                 "(B, C, H, W). Give augment_fn, or call learner(view_one, view_two)."
             )
-        raw = images if all(self._default_views) else scaled(images)
+        raw = scaled(images) if self._scale_first else images
         with torch.autocast(tensors(images)[0].device.type, enabled=False):
             return self.augment_fn(raw), self.augment_fn2(raw)
 
@@ -302,24 +296,22 @@ class BYOL(nn.Module):
     ) -> None:
         layout = self._layout
         pictures = layout.size is not None and layout.shape is not None and len(layout.shape) == 4
-        stats = channel_stats(mean, std, layout.channels, (IMAGENET_MEAN, IMAGENET_STD))
-        self._default_views = (
-            augment_fn is None and pictures,
-            augment_fn is None and augment_fn2 is None and pictures,
-        )
-        first = second = None
-        if any(self._default_views):
+        first: ViewAugmentation | None = None
+        second: ViewAugmentation | None = None
+        if augment_fn is None and pictures:
             assert layout.size is not None
-            values = (None, None) if stats is None else stats
-            first, second = byol_views(layout.size, mean=values[0], std=values[1])
-        elif mean not in ("auto", None):
+            first, second = byol_views(layout.size, mean=mean, std=std)
+            first.normalise(torch.zeros(1, layout.channels or 0, 1, 1))  # checks the lengths
+        elif mean not in ("auto", None) or std not in ("auto", None):
             raise ValueError(
                 "mean and std normalise after the default views, and augment_fn replaces those: "
                 "normalise in augment_fn, and leave mean and std out."
             )
-        self._stats = stats if any(self._default_views) else None
         self.augment_fn = augment_fn or first
         self.augment_fn2 = augment_fn2 or augment_fn or second
+        # Users' callables are given floats in [0, 1]; the default views take uint8 as it is.
+        self._scale_first = augment_fn is not None or augment_fn2 is not None
+        self._default_view = first
 
     def _check_images(self, images: Any) -> None:
         self._layout.check(images, "The images", self.check_finite)
@@ -335,17 +327,17 @@ class BYOL(nn.Module):
 
     def _as_seen(self, images: Any, normalise: bool = True) -> Any:
         self._check_images(images)
-        images = scaled(images)
-        if normalise and self._stats is not None:
-            mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in self._stats)
-            images = (images - mean) / std
-        return images
+        if normalise and self._default_view is not None:
+            return self._default_view.normalise(images)
+        return scaled(images)
 
     def _loss(self, one: Any, two: Any) -> Tensor:
         (p_one, z_one), (p_two, z_two) = self._each_view(self._online, one, two)
-        if self.target is not None:
+        if (target := self.target) is not None:
             with torch.no_grad():
-                (z_one,), (z_two,) = self._each_view(self._frozen, one, two)
+                (z_one,), (z_two,) = self._each_view(
+                    lambda view: (target(self._in_dtype(view)),), one, two
+                )
         return regression_loss(p_one, z_two.detach()) + regression_loss(p_two, z_one.detach())
 
     def _each_view(
@@ -359,10 +351,6 @@ class BYOL(nn.Module):
     def _online(self, view: Any) -> tuple[Tensor, Tensor]:
         projection = self.projector(self._embed(view))
         return self.predictor(projection), projection
-
-    def _frozen(self, view: Any) -> tuple[Tensor]:
-        assert self.target is not None
-        return (self.target(self._in_dtype(view)),)
 
     def _embed(self, view: Any) -> Tensor:
         representation = self._representation(self.net, self._in_dtype(view))
