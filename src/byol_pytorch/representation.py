@@ -100,7 +100,6 @@ class Representation:
             self._refuse(net, runs)
         return result
 
-
     def _refuse(self, net: nn.Module, runs: int) -> NoReturn:
         layer = uncompiled(net).get_submodule(self.source.layer)
         hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
