@@ -89,10 +89,18 @@ def kernel(blur_kernel: int | str | None, image_size: tuple[int, int]) -> int:
 def statistics(name: str, value: Statistics) -> Statistics:
     if value is None or value == "auto":
         return value
-    values = tuple(float(number) for number in value)
-    if name == "std" and min(values) <= 0:
-        raise ValueError(f"std={value!r}. Expected positive numbers, in the unit of the images.")
-    return values
+    numbers = value.tolist() if isinstance(value, Tensor) else value
+    if (
+        not isinstance(numbers, Sequence)
+        or not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+        or (name == "std" and min(numbers, default=0) <= 0)
+    ):
+        kind = "positive" if name == "std" else "finite"
+        raise ValueError(
+            f"{name}={value!r}. Expected {kind} numbers, one a channel, for images in [0, 1]; "
+            "'auto', or None for no normalisation."
+        )
+    return tuple(float(number) for number in numbers)
 
 
 def per_channel(

@@ -36,6 +36,16 @@ class Layout:
 
     def check(self, images: Any, what: str, finite: bool) -> None:
         """Raise TypeError or ValueError where `images` are not such as the network takes."""
+        if self.shape is not None and not isinstance(images, Tensor):
+            raise TypeError(
+                f"{what} are a {type(images).__name__}; expected a tensor {self._expected()}. "
+                "Stack them with torch.stack."
+            )
+        if self.shape is None and (isinstance(images, Tensor) or not tensors(images)):
+            raise TypeError(
+                f"{what} are a {type(images).__name__}; expected the structure of example_input, "
+                "a tuple or a mapping of tensors."
+            )
         for x in tensors(images):
             self._check_tensor(x, what)
             if finite and x.is_floating_point() and not bool(torch.isfinite(x).all()):
@@ -43,16 +53,6 @@ class Layout:
                     f"{what} hold NaN or infinite values; expected finite ones. Find the files "
                     "they come from, or torch.nan_to_num(images)."
                 )
-        if self.shape is not None and not isinstance(images, Tensor):
-            raise TypeError(
-                f"{what} are a {type(images).__name__}; expected a tensor {self._expected()}. "
-                "Stack them with torch.stack."
-            )
-        if not tensors(images):
-            raise TypeError(
-                f"{what} are a {type(images).__name__} without tensors; expected the structure of "
-                "example_input."
-            )
 
     def _check_tensor(self, x: Tensor, what: str) -> None:
         came = tuple(x.shape)
@@ -168,7 +168,9 @@ def check_decay(decay: float, total_steps: int | None) -> None:
         raise ValueError(
             f"moving_average_decay={decay!r}; expected a number in [0, 1], for example 0.996."
         )
-    if total_steps is not None and (isinstance(total_steps, bool) or total_steps < 1):
+    if total_steps is not None and (
+        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
+    ):
         raise ValueError(
             f"total_steps={total_steps!r}; expected the number of optimizer steps of the whole "
             "run, at least 1, or None for a constant decay."

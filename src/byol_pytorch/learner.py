@@ -178,7 +178,10 @@ class BYOL(nn.Module):
             return_embedding, view_two = view_two, None
         if return_embedding:
             embedding = self.representation(images)
-            return (self.projector(embedding), embedding) if return_projection else embedding
+            if not return_projection:
+                return embedding
+            check_batch(embedding, (self.projector,))
+            return self.projector(embedding), embedding
         if view_two is None:
             one, two = self.views(images)
             check_alike(one, two)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_pytorch.pooling import hugging_face_pool, pool_for
-from byol_pytorch.probe import Trace, rebuild, tensors, undisturbed
+from byol_pytorch.probe import Channels, Trace, rebuild, tensors, undisturbed
 from byol_pytorch.representation import (
     Pool,
     Representation,
@@ -46,15 +46,14 @@ def locate(
         if name is None:
             source = _auto(root, inputs, trace, pool)
         elif name == "":
-            source = Source("net", "", pool_for(trace.output, trace.width, pool, "the network"))
+            source = Source("net", "", pool_for(trace.output, trace.channels, pool, "the network"))
         else:
             if trace.runs.get(name, 0) != 1:
                 raise ValueError(runs_message(name, trace.runs.get(name, 0)))
-            value, width = trace.tapped
-            source = Source("output", name, pool_for(value, width, pool, f"layer {name!r}"))
+            source = Source("output", name, pool_for(*trace.tapped, pool, f"layer {name!r}"))
         probe, unreached = _reach(root, inputs, source)
-        if source.take == "input":
-            source = replace(source, droppable=_works_without_head(root, inputs, source, probe))
+    if source.take == "input":
+        source = replace(source, droppable=_works_without_head(root, inputs, source, probe))
     return Located(source, probe, unreached)
 
 
@@ -63,14 +62,14 @@ def _auto(root: nn.Module, inputs: Any, trace: Trace, pool: str | Pool | None) -
         return _auto_timm(root, inputs, trace, pool)
     libraries = {base.__module__.split(".")[0] for base in type(root).__mro__}
     head = trace.head
-    if head is not None and ("torchvision" in libraries or trace.ends_in_head()):
+    if head is not None and trace.ends_in_head(exactly="torchvision" not in libraries):
         if trace.runs[head.name] != 1:
             raise ValueError(runs_message(head.name, trace.runs[head.name]))
         label = f"the input of layer {head.name!r}"
-        return Source("input", head.name, pool_for(head.value, head.width, pool, label))
+        return Source("input", head.name, pool_for(head.value, head.channels, pool, label))
     if "transformers" in libraries and hasattr(root, "config"):
-        return Source("net", "", hugging_face_pool(root, trace.output, trace.width, pool))
-    return Source("net", "", pool_for(trace.output, trace.width, pool, "the network"))
+        return Source("net", "", hugging_face_pool(root, trace.output, trace.channels, pool))
+    return Source("net", "", pool_for(trace.output, trace.channels, pool, "the network"))
 
 
 def _auto_timm(root: Any, inputs: Any, trace: Trace, pool: str | Pool | None) -> Source:
@@ -80,9 +79,10 @@ def _auto_timm(root: Any, inputs: Any, trace: Trace, pool: str | Pool | None) ->
         seen = trace.inputs.get(id(classifier))
         if seen is not None and trace.runs[seen.name] == 1 and _same(seen.value, pooled):
             label = f"the input of the classifier {seen.name!r}"
-            return Source("input", seen.name, pool_for(seen.value, seen.width, pool, label))
+            return Source("input", seen.name, pool_for(seen.value, seen.channels, pool, label))
     width = getattr(root, "head_hidden_size", None) or getattr(root, "num_features", None)
-    return Source("methods", "", pool_for(pooled, width, pool, "forward_head(pre_logits=True)"))
+    channels = Channels(width, None) if isinstance(width, int) else None
+    return Source("methods", "", pool_for(pooled, channels, pool, "forward_head(pre_logits=True)"))
 
 
 def _reach(root: nn.Module, inputs: Any, source: Source) -> tuple[Tensor, frozenset[str]]:
@@ -118,11 +118,11 @@ def _reach(root: nn.Module, inputs: Any, source: Source) -> tuple[Tensor, frozen
 
 def _works_without_head(root: nn.Module, inputs: Any, source: Source, expected: Tensor) -> bool:
     trial = replace(source, droppable=True)
-    twin = copy_for_target(root, trial)
     try:
-        with torch.no_grad():
+        twin = copy_for_target(root, trial)
+        with undisturbed(twin), torch.no_grad():
             found = Representation(twin, trial)(twin, inputs)
-    except Exception:  # whatever a foreign forward raises: then the target keeps its head
+    except Exception:  # whatever a foreign copy or forward raises: then the target keeps its head
         return False
     return _same(found, expected)
 
@@ -138,9 +138,12 @@ def _layer_name(root: nn.Module, hidden_layer: str | int) -> str:
                 f"children: {', '.join(children) or 'none'}. Give one of their names, or 'auto'."
             )
         return children[hidden_layer]
-    names = [name for name, _ in root.named_modules() if name]
-    if hidden_layer in names:
-        return hidden_layer
+    modules = dict(root.named_modules(remove_duplicate=False))
+    if isinstance(hidden_layer, str) and hidden_layer in modules:
+        found = modules[hidden_layer]
+        return next(name for name, module in root.named_modules() if module is found)
+    names = [name for name in modules if name]
+    hidden_layer = str(hidden_layer)
     near = difflib.get_close_matches(hidden_layer, names, n=5, cutoff=0.4) or children[:8]
     raise ValueError(
         f"hidden_layer={hidden_layer!r} is no layer of {type(root).__name__}. Nearest names: "

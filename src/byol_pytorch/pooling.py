@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byol_pytorch.probe import Channels
 from byol_pytorch.representation import Pool
 
 
 @dataclass(frozen=True)
 class Unchanged:
-    """(B, D) as it is."""
+    """(B, D) as it is; a copy, because a layer behind may work in place."""
 
     what: str
 
     def __call__(self, value: Any) -> Tensor:
-        return checked(only_tensor(value, self.what), self.what)
+        return checked(only_tensor(value, self.what), self.what).clone()
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ClassToken:
     what: str
 
     def __call__(self, value: Any) -> Tensor:
-        return only_tensor(value, self.what)[:, 0]
+        return only_tensor(value, self.what)[:, 0].clone()
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class ByUser:
     function: Pool
 
     def __call__(self, value: Any) -> Tensor:
-        return checked(self.function(value), f"pool= of {self.what}")
+        return checked(self.function(value), f"pool= of {self.what}").clone()
 
 
-def pool_for(value: Any, width: int | None, pool: str | Pool | None, what: str) -> Pool:
-    """The pooling of a layer's output as probed, whose last weights had `width` channels.
+def pool_for(value: Any, channels: Channels | None, pool: str | Pool | None, what: str) -> Pool:
+    """The pooling of a layer's output as probed, behind a last layer that gave `channels`.
 
     Raises ValueError where `pool` does not say how `value` becomes (B, D).
     """
@@ -82,37 +83,45 @@ def pool_for(value: Any, width: int | None, pool: str | Pool | None, what: str) 
                 "pool='mean', or a callable."
             )
         return ClassToken(what)
-    return MeanOver(what, _channel_axis(x, width, pool, what))
+    return MeanOver(what, _channel_axis(x, channels, pool, what))
 
 
-def _channel_axis(x: Tensor, width: int | None, pool: str | None, what: str) -> int:
-    shape, first, last = tuple(x.shape), x.shape[1] == width, x.shape[-1] == width
+def _channel_axis(x: Tensor, channels: Channels | None, pool: str | None, what: str) -> int:
+    count, axis = channels or (None, None)
+    shape, first, last = tuple(x.shape), x.shape[1] == count, x.shape[-1] == count
     if x.ndim == 3:
-        if pool == "mean" and not (first and not last):
-            return -1
-        if first and not last:
+        if pool == "mean":
+            return 1 if axis == 1 and (first or not last) else -1
+        if first and not last and axis == 1:
             return 1
         raise ValueError(
             f"{what[0].upper() + what[1:]} gives tokens {shape}, and how to pool them is not "
             "known. Give pool='mean' for the mean token, pool='cls' for the first one, or a "
             "callable."
         )
-    if first != last:
+    # Concatenated maps are wider than their last part, whose width a side may equal by chance.
+    chance = (first and axis == -1 and x.shape[2] == count) or (last and axis == 1)
+    if first != last and not chance:
         return 1 if first else -1
-    came = "both its second and its last axis fit" if first else "neither axis fits"
+    came = "both its second and its last axis fit" if first else "no axis fits for certain"
     raise ValueError(
         f"{what[0].upper() + what[1:]} gives {shape}, and which axis holds the channels is not "
-        f"known ({came} the {width} channels of the last layer with weights). Give pool=, for "
+        f"known ({came} the {count} channels of the last layer with weights). Give pool=, for "
         "example pool=lambda x: x.mean((2, 3)) for (B, C, H, W)."
     )
 
 
-def hugging_face_pool(net: nn.Module, output: Any, width: int | None, pool: Any) -> Pool:
+def hugging_face_pool(net: nn.Module, output: Any, channels: Channels | None, pool: Any) -> Pool:
     """What the classification head that transformers puts on this base model would be given."""
+    if not isinstance(output, Mapping) and not callable(pool):
+        raise ValueError(
+            f"The Hugging Face model returns a {type(output).__name__} instead of a ModelOutput. "
+            "Give its config return_dict=True, or pool= a callable that returns (B, D)."
+        )
     if pool != "auto":
-        value = output.get("last_hidden_state", output)
+        value = output if callable(pool) else output.get("last_hidden_state", output)
         return (
-            pool_for(value, width, pool, "the network")
+            pool_for(value, channels, pool, "the network")
             if not callable(pool)
             else ByUser("the network", pool)
         )

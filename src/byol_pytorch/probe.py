@@ -2,9 +2,9 @@
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ def probe_inputs(net: nn.Module, size: tuple[int, int] | None, example: Any) -> 
     ValueError where the network takes no such input.
     """
     parameter = next(p for p in net.parameters() if p.is_floating_point())
-    lazy = any(isinstance(p, UninitializedParameter) for p in net.parameters())
     if example is not None:
         floats = [
             x.to(parameter) if x.is_floating_point() else x.to(parameter.device)
@@ -32,12 +31,14 @@ def probe_inputs(net: nn.Module, size: tuple[int, int] | None, example: Any) -> 
         generator = torch.Generator().manual_seed(0)
         candidates = [
             torch.rand(2, channels, *size, generator=generator).to(parameter)
-            for channels in _channels(net, size)
+            for channels in _input_channels(net, size)
         ]
     first: Exception | None = None
+    lazy = any(isinstance(p, UninitializedParameter) for p in net.parameters())
     for inputs in candidates:
         try:
-            with nullcontext() if lazy else undisturbed(net), torch.no_grad():
+            # A lazy network takes its shape in this forward, which must last.
+            with evaluating(net) if lazy else undisturbed(net), torch.no_grad():
                 call(net, inputs)
             return inputs
         except Exception as error:  # whatever a foreign forward raises
@@ -50,7 +51,7 @@ def probe_inputs(net: nn.Module, size: tuple[int, int] | None, example: Any) -> 
     ) from first
 
 
-def _channels(net: nn.Module, size: tuple[int, int]) -> list[int]:
+def _input_channels(net: nn.Module, size: tuple[int, int]) -> list[int]:
     found: list[int] = []
     for module in net.modules():
         if isinstance(module, _CONVOLUTIONS):
@@ -73,9 +74,20 @@ def call(net: nn.Module, inputs: Any) -> Any:
 
 
 @contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every module in its own mode afterwards."""
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        net.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def undisturbed(net: nn.Module) -> Iterator[None]:
     """Evaluation mode, gradients for every float parameter, and all as it was afterwards."""
-    modes = [(m, m.training) for m in net.modules()]
     parameters = [(p, p.requires_grad) for p in net.parameters() if p.is_floating_point()]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -86,15 +98,12 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
     # Some networks cache in plain attributes what they compute in evaluation mode.
     attributes = [(module, _plain_attributes(module)) for module in net.modules()]
     cuda = sorted({p.device.index for p, _ in parameters if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), evaluating(net):
         try:
-            net.eval()
             for parameter, _ in parameters:
                 parameter.requires_grad_()
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             for module, saved in attributes:
                 for key in _plain_attributes(module).keys() - saved.keys():
                     del module.__dict__[key]
@@ -116,13 +125,20 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {k: copy.copy(v) if type(v) in (dict, list) else v for k, v in own.items()}
 
 
+class Channels(NamedTuple):
+    """How many channels the last layer with weights gave, and on which axis: 1, -1 or unknown."""
+
+    width: int
+    axis: int | None
+
+
 @dataclass(frozen=True)
 class Seen:
-    """What a module was given in a forward, and the channels of what came before it."""
+    """What a module was given in a forward, and the channels of it as far as they are known."""
 
     name: str
     value: Any
-    width: int | None
+    channels: Channels | None
 
 
 class Trace:
@@ -133,51 +149,56 @@ class Trace:
         self.runs: dict[str, int] = {}
         self.inputs: dict[int, Seen] = {}
         self.head: Seen | None = None  # the last Linear, convolution, or placeholder for one
-        self.width: int | None = None  # channels of what the last layer with weights gave
-        self.tapped: tuple[Any, int | None] = (None, None)
+        self.channels: Channels | None = None
+        self.tapped: tuple[Any, Channels | None] = (None, None)
         self.output: Any = None
         self._head_output: Any = None
+        self._head_is_last = False
 
     def run(self, inputs: Any) -> None:
         handles = []
         for name, module in self.root.named_modules():
-            if name:
-                handles.append(module.register_forward_pre_hook(self._before(name)))
-                handles.append(module.register_forward_hook(self._after(name)))
+            handles.append(module.register_forward_pre_hook(self._before(name)))
+            handles.append(module.register_forward_hook(self._after(name)))
         try:
             self.output = call(self.root, inputs)
         finally:
             for handle in handles:
                 handle.remove()
 
-    def ends_in_head(self) -> bool:
-        """Whether the network returns what its last head gives, as (B, classes)."""
+    def ends_in_head(self, exactly: bool) -> bool:
+        """Whether the network returns (B, classes) as its last head gives them.
+
+        Not `exactly`: or as what comes after the head, without weights, makes of them.
+        """
         made, returned = self._head_output, tensors(self.output)
-        return (
-            isinstance(made, Tensor)
-            and bool(returned)
-            and returned[0].ndim == 2
-            and returned[0].numel() == made.numel()
-            and returned[0].data_ptr() == made.data_ptr()
-        )
+        if not isinstance(made, Tensor) or not returned or returned[0].ndim != 2:
+            return False
+        if not exactly:
+            return self._head_is_last
+        same_memory = returned[0].data_ptr() == made.data_ptr()
+        return same_memory and returned[0].numel() == made.numel()
 
     def _before(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             self.runs[name] = self.runs.get(name, 0) + 1
             if args:
-                self.inputs[id(module)] = Seen(name, args[0], self.width)
+                self.inputs[id(module)] = Seen(name, args[0], self.channels)
 
         return hook
 
     def _after(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and (isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or _is_empty(module)):
-                seen, own = self.inputs[id(module)], _width(module, "in_")
-                self.head = Seen(name, seen.value, own or seen.width)
-                self._head_output = output
-            self.width = _width(module) or self.width
+            is_head = isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or _is_empty(module)
+            if args and name and is_head:
+                seen, own = self.inputs[id(module)], _channels_in(module)
+                self.head = Seen(name, seen.value, own or seen.channels)
+                self._head_output, self._head_is_last = output, True
+            elif module._parameters and not module._modules:
+                self._head_is_last = False
+            self.channels = _channels_out(module, output) or self.channels
             if name == self.layer:
-                self.tapped = (output, self.width)
+                self.tapped = (output, self.channels)
 
         return hook
 
@@ -187,12 +208,26 @@ def _is_empty(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or (type(module) is nn.Sequential and len(module) == 0)
 
 
-def _width(module: nn.Module, side: str = "out_") -> int | None:
-    for attribute in (side + "channels", side + "features"):
-        if module._parameters and isinstance(width := getattr(module, attribute, None), int):
-            return width
-    weight = module._parameters.get("weight") if side == "out_" else None
-    return weight.shape[0] if weight is not None and weight.ndim == 1 else None
+def _channels_in(module: nn.Module) -> Channels | None:
+    if isinstance(module, nn.Linear):
+        return Channels(module.in_features, -1)
+    return Channels(module.in_channels, 1) if isinstance(module, _CONVOLUTIONS) else None
+
+
+def _channels_out(module: nn.Module, output: Any) -> Channels | None:
+    if isinstance(module, nn.Linear):
+        return Channels(module.out_features, -1)
+    weight = module._parameters.get("weight")
+    count = getattr(module, "out_channels", None)
+    if not isinstance(count, int):  # a norm
+        count = weight.shape[0] if weight is not None and weight.ndim == 1 else None
+    if weight is None or count is None or not isinstance(output, Tensor) or output.ndim < 2:
+        return None
+    if output.shape[1] != count and output.shape[-1] == count:
+        return Channels(count, -1)
+    if output.shape[1] == output.shape[-1] and type(module) is nn.LayerNorm:
+        return Channels(count, -1)
+    return Channels(count, 1)
 
 
 def tensors(inputs: Any) -> list[Tensor]:

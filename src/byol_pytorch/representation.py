@@ -39,7 +39,7 @@ class Tap:
 
     def __init__(self) -> None:
         self.pool: Pool | None = None  # None: disarmed
-        self.value: Any = None
+        self.value: Tensor | None = None
         self.runs = 0
 
     def __reduce__(self) -> tuple[type["Tap"], tuple[()]]:
@@ -47,20 +47,18 @@ class Tap:
 
     def take_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.pool is not None:
-            self.value, self.runs = args[0], self.runs + 1
+            self.value, self.runs = self.pool(args[0]), self.runs + 1
 
     def take_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.pool is not None:
-            self.value, self.runs = output, self.runs + 1
+            self.value, self.runs = self.pool(output), self.runs + 1
 
     def give(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """On the root: what the network returns while armed is the pooled representation.
 
         FSDP2 hangs its backward on what a module returns, so the loss must be made of that.
         """
-        if self.pool is None or self.runs != 1:
-            return output
-        return self.pool(self.value)
+        return output if self.pool is None or self.runs != 1 else self.value
 
 
 class Representation:
