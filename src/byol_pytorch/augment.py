@@ -5,7 +5,7 @@ Here: the presets, what is drawn, and the order of the stages. The arithmetic is
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -284,12 +284,24 @@ class ViewAugmentation(nn.Module):
             planes = change_some(planes, params["solarize"], invert)
         return self._normalise([plane.clamp(0, 1) for plane in planes])
 
+    def statistics(self, channels: int) -> tuple[Sequence[float], Sequence[float]] | None:
+        """(mean, std) that images of so many channels are normalised with; None: they are not.
+
+        Raises ValueError where mean or std have another length.
+        """
+        none = (None,) if channels == 3 else (None, "auto")
+        if self.mean in none and self.std in none:
+            return None
+        return (
+            check.per_channel("mean", self.mean, IMAGENET_MEAN, channels, 0.0),
+            check.per_channel("std", self.std, IMAGENET_STD, channels, 1.0),
+        )
+
     def _normalise(self, planes: Planes) -> Planes:
-        mean = check.per_channel("mean", self.mean, IMAGENET_MEAN, len(planes), 0.0)
-        std = check.per_channel("std", self.std, IMAGENET_STD, len(planes), 1.0)
-        if self.mean is None and self.std is None:
+        statistics = self.statistics(len(planes))
+        if statistics is None:
             return planes
-        return [(p - m).div_(s) for p, m, s in zip(planes, mean, std, strict=True)]
+        return [(p - m).div_(s) for p, m, s in zip(planes, *statistics, strict=True)]
 
     def _geometry(self, images: Tensor, params: Params) -> Planes:
         flip, vertical_flip = params["flip"], params["vertical_flip"]

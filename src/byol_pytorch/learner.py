@@ -88,7 +88,8 @@ class BYOL(nn.Module):
             does not take the probe, each with how to mend it.
 
     Public parts: `net`, `projector`, `predictor`, `target` (`.net` and `.projector`, None without
-    momentum). Build the optimizer after BYOL, from `learner.parameters()`, or the heads will not
+    momentum); `image_size` (height, width) and `normalisation` (mean, std), of the default views,
+    or None. Build the optimizer after BYOL, from `learner.parameters()`, or the heads will not
     train; parameters without a gradient are skipped by every torch optimizer.
     """
 
@@ -124,7 +125,7 @@ class BYOL(nn.Module):
         size = check_image_size(image_size, example_input)
         inputs = probe_inputs(uncompiled(net), size, example_input)
         found = locate(net, inputs, hidden_layer, pool)
-        self.net = net
+        self.net, self.image_size = net, size
         self._representation = Representation(net, found.source)
         self._unreached = found.unreached
         self._layout = Layout.of(inputs, size, example_input is not None)
@@ -304,7 +305,6 @@ class BYOL(nn.Module):
         if augment_fn is None and pictures:
             assert layout.size is not None
             first, second = byol_views(layout.size, mean=mean, std=std)
-            first.normalise(torch.zeros(1, layout.channels or 0, 1, 1))  # checks the lengths
         elif mean not in ("auto", None) or std not in ("auto", None):
             raise ValueError(
                 "mean and std normalise after the default views, and augment_fn replaces those: "
@@ -315,6 +315,7 @@ class BYOL(nn.Module):
         # Users' callables are given floats in [0, 1]; the default views take uint8 as it is.
         self._scale_first = augment_fn is not None or augment_fn2 is not None
         self._default_view = first
+        self.normalisation = None if first is None else first.statistics(layout.channels or 0)
 
     def _check_images(self, images: Any) -> None:
         self._layout.check(images, "The images", self.check_finite)

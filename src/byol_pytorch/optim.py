@@ -1,0 +1,250 @@
+"""What BYOL is trained with: LARS, the parameter groups, the learning rate's schedule and scaling.
+
+The loop that calls them is the user's; the EMA's own schedule lives in target.py.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TensorList = list[Tensor] | tuple[Tensor, ...]
+CACHED = 2**18  # parameters that a CPU updates at a time
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rates (arXiv 1708.03888) in the form of DeepMind's BYOL code.
+
+    Each weight w with gradient g moves by
+
+        u = g + weight_decay w
+        u = u trust_coefficient |w| / |u|      (u as it is where a norm is 0)
+        m = momentum m + u
+        w = w - lr m
+
+    (byol/utils/optimizers.py of deepmind-research). A parameter group with `adapt=False` leaves the
+    second line out; `param_groups` sets that, and no decay, for biases and norms. Parameters
+    without a gradient are skipped, gradients stay as they are, nothing waits for the device.
+
+    Momenta and norms are in float32 or wider. Narrower parameters take their update in float32
+    and are rounded after it: small updates of bfloat16 weights are lost, so train float32 weights
+    under autocast. Of sharded parameters (DTensor, FSDP2) the norms span the whole parameter, by
+    one all-reduce a group; every rank must then hold a gradient for the same parameters.
+
+    Args:
+        params: tensors, or parameter groups, each with its own settings where it names any.
+        lr: with momentum 0.9, 0.2 x batch / 256 (arXiv 2006.07733, section 3.3): `scaled_lr`.
+        momentum: in [0, 1).
+        weight_decay: 1.5e-6 in the paper.
+        trust_coefficient: 1e-3 in DeepMind's code.
+
+    Raises ValueError for a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; settings that it does not name are the constructor's."""
+        settings = {**self.defaults, **param_group}
+        for name in ("lr", "weight_decay", "trust_coefficient"):
+            _check_number(name, settings[name], math.inf)
+        _check_number("momentum", settings["momentum"], 1.0)
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns the closure's loss if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameters in _alike(p for p in group["params"] if p.grad is not None):
+                self._update(parameters, group)
+        return loss
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                wide = torch.promote_types(p.dtype, torch.float32)
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=wide)
+        weights = [_local(p) for p in parameters]
+        momenta = [_local(self.state[p]["momentum_buffer"]) for p in parameters]
+        updates: TensorList = [_local(p.grad) for p in parameters]
+        if updates[0].dtype != momenta[0].dtype:
+            gradients, updates = updates, [torch.empty_like(m) for m in momenta]
+            torch._foreach_copy_(updates, gradients)
+        if group["weight_decay"]:
+            updates = torch._foreach_add(updates, weights, alpha=group["weight_decay"])
+        torch._foreach_mul_(momenta, group["momentum"])
+        if group["adapt"]:
+            ratios = _trust_ratios(parameters[0], weights, updates, group["trust_coefficient"])
+            torch._foreach_addcmul_(momenta, updates, ratios)
+        else:
+            torch._foreach_add_(momenta, updates)
+        torch._foreach_add_(weights, momenta, alpha=-group["lr"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what state_dict() gave, the momenta in their own width."""
+        super().load_state_dict(state_dict)
+        # torch has just cast the state to the parameters' dtype, which rounds wider momenta.
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for index, p in zip(saved, own, strict=True):
+            if p.dtype.itemsize < 4 and index in state_dict["state"]:
+                momentum = state_dict["state"][index]["momentum_buffer"]
+                self.state[p]["momentum_buffer"] = momentum.to(p.device, torch.float32)
+
+
+def param_groups(learner: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups of a BYOL learner, for LARS and for every optimizer of torch.
+
+    The first holds the weights (two axes or more), with `weight_decay`; the second the biases and
+    the parameters of norms, without decay and with `adapt=False`, which LARS reads and others
+    ignore. In them is what trains and reaches the representation: not the target, not what is
+    frozen (freeze before the call), not what `learner.ddp_ignored()` names. Call it after
+    fully_shard, as any optimizer is built.
+
+    Raises ValueError for a negative decay, or a module other than a BYOL learner.
+    """
+    _check_number("weight_decay", weight_decay, math.inf)
+    source: Any = getattr(learner, "_orig_mod", learner)
+    if not hasattr(source, "ddp_ignored"):
+        hint = "ddp.module" if hasattr(source, "module") else "BYOL(net, image_size)"
+        raise ValueError(
+            f"param_groups got a {type(source).__name__}; expected the BYOL learner. Pass {hint}."
+        )
+    unreached = set(source.ddp_ignored())
+    trained = [
+        parameter
+        for name, parameter in source.named_parameters()
+        if parameter.requires_grad and name not in unreached and not name.startswith("target.")
+    ]
+    weights = [p for p in trained if p.ndim > 1]
+    rest = [p for p in trained if p.ndim <= 1]
+    return [
+        {"params": weights, "weight_decay": weight_decay, "adapt": True},
+        {"params": rest, "weight_decay": 0.0, "adapt": False},
+    ]
+
+
+def warmup_cosine(
+    step: int, total_steps: int, warmup_steps: int, peak: float, final: float = 0.0
+) -> float:
+    """The learning rate of optimizer step number `step` = 0, 1, ...
+
+    It rises linearly from 0 at step 0 to `peak` at `warmup_steps`, falls by a half cosine to
+    `final` at `total_steps`, and stays there (learning_schedule in byol/utils/schedules.py of
+    deepmind-research; the paper's warm-up is 10 epochs). A function of the step alone, so a
+    resumed run needs no scheduler's state.
+
+    Raises ValueError unless 0 <= warmup_steps <= total_steps and step >= 0.
+    """
+    if step < 0 or not 0 <= warmup_steps <= total_steps:
+        raise ValueError(
+            f"step={step}, warmup_steps={warmup_steps}, total_steps={total_steps}; expected "
+            "step >= 0 and 0 <= warmup_steps <= total_steps. A short trial run needs a shorter "
+            "warm-up."
+        )
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if step >= total_steps:
+        return final
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def scaled_lr(base: float, batch_size: int, reference: int = 256) -> float:
+    """`base` x batch_size / reference: the linear scaling of the paper (section 3.3).
+
+    `batch_size` counts all processes and accumulated batches of one optimizer step. It is a rule
+    for SGD and LARS; Adam's usual one is the square root.
+    """
+    return base * batch_size / reference
+
+
+def scaled_decay(decay: float, ratio: float) -> float:
+    """`decay` ** ratio: the EMA decay for a batch `ratio` times the one that `decay` was tuned for.
+
+    So the target forgets at the same pace per image (arXiv 2307.13813, section 3). Scale the
+    learning rate along with it. Raises ValueError unless 0 <= decay <= 1 and ratio > 0.
+    """
+    if not 0 <= decay <= 1 or not 0 < ratio < math.inf:
+        raise ValueError(
+            f"decay={decay}, ratio={ratio}; expected a decay in [0, 1] and a positive ratio. Give "
+            "the batch size over the one that the decay was tuned for."
+        )
+    return float(decay**ratio)
+
+
+def _check_number(name: str, value: Any, limit: float) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < limit:
+        bound = "a finite number >= 0" if limit == math.inf else f"a number in [0, {limit:g})"
+        raise ValueError(
+            f"{name}={value!r}; expected {bound}. Pass {name}= in this range, as a Python float."
+        )
+
+
+def _alike(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    # foreach takes its fast path over lists of one device and dtype; a mesh and its placements
+    # say over which processes a norm is to be summed.
+    lists: dict[Any, list[Tensor]] = {}
+    held: Counter[Any] = Counter()
+    for p in parameters:
+        assert p.grad is not None
+        kind = (p.device, p.dtype, p.grad.dtype, *_sharding(p))
+        # On a CPU lists that fit its cache: whole ones cost three times as much.
+        part = held[kind] // CACHED if p.device.type == "cpu" else 0
+        held[kind] += p.numel()
+        lists.setdefault((kind, part), []).append(p)
+    return lists.values()
+
+
+def _sharding(p: Any) -> tuple[Any, Any]:
+    return getattr(p, "device_mesh", None), getattr(p, "placements", None)
+
+
+def _trust_ratios(
+    example: Any, weights: TensorList, updates: TensorList, coefficient: float
+) -> list[Tensor]:
+    """coefficient |w| / |u| of each pair as 0-d tensors on the device; 1 where a norm is 0."""
+    dtype = updates[0].dtype
+    each = [
+        *torch._foreach_norm(weights, 2, dtype=dtype),
+        *torch._foreach_norm(updates, 2, dtype=dtype),
+    ]
+    norms = torch.stack(each).view(2, -1)
+    mesh = getattr(example, "device_mesh", None)
+    if mesh is not None:
+        norms = norms.square_()
+        for axis, placement in enumerate(example.placements):
+            if not placement.is_replicate():
+                dist.all_reduce(norms, group=mesh.get_group(axis))
+        norms = norms.sqrt_()
+    of_weights, of_updates = norms
+    ratios = coefficient * of_weights / of_updates
+    return list(torch.where((of_weights > 0) & (of_updates > 0), ratios, 1.0).unbind())
+
+
+def _local(x: Any) -> Tensor:
+    shard: Tensor = x.to_local() if hasattr(x, "to_local") else x
+    return shard
