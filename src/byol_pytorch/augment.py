@@ -249,8 +249,12 @@ class ViewAugmentation(nn.Module):
         """
         check.images(images, None)
         with torch.autocast(images.device.type, enabled=False):
-            planes = self._normalise(list(_resample.to_unit(images).unbind(1)))
-            return torch.stack(planes, dim=1)
+            unit, statistics = _resample.to_unit(images), self.statistics(images.shape[1])
+            if statistics is None:
+                return unit
+            mean, std = statistics
+            planes = zip(unit.unbind(1), mean, std, strict=True)
+            return torch.stack([(plane - m) / s for plane, m, s in planes], dim=1)
 
     def blur_limit(self, batch: int) -> int:
         """How many samples of a batch can be blurred: K of `sample`."""
@@ -282,7 +286,11 @@ class ViewAugmentation(nn.Module):
         if self.solarize > 0:
             invert = partial(_colour.solarize, threshold=self.solarize_threshold)
             planes = change_some(planes, params["solarize"], invert)
-        return self._normalise([plane.clamp(0, 1) for plane in planes])
+        clipped = [plane.clamp(0, 1) for plane in planes]
+        statistics = self.statistics(len(planes))
+        if statistics is None:
+            return clipped
+        return [p.sub_(m).div_(s) for p, m, s in zip(clipped, *statistics, strict=True)]
 
     def statistics(self, channels: int) -> tuple[Sequence[float], Sequence[float]] | None:
         """(mean, std) that images of so many channels are normalised with; None: they are not.
@@ -296,12 +304,6 @@ class ViewAugmentation(nn.Module):
             check.per_channel("mean", self.mean, IMAGENET_MEAN, channels, 0.0),
             check.per_channel("std", self.std, IMAGENET_STD, channels, 1.0),
         )
-
-    def _normalise(self, planes: Planes) -> Planes:
-        statistics = self.statistics(len(planes))
-        if statistics is None:
-            return planes
-        return [(p - m).div_(s) for p, m, s in zip(planes, *statistics, strict=True)]
 
     def _geometry(self, images: Tensor, params: Params) -> Planes:
         flip, vertical_flip = params["flip"], params["vertical_flip"]
