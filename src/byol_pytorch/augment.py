@@ -224,7 +224,8 @@ class ViewAugmentation(nn.Module):
         limit = self.blur_limit(batch)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             if torch.compiler.is_compiling():
-                view = torch.stack(self._planes(images, params, limit), dim=1).to(self.dtype)
+                planes = self._finish(self._planes(images, params, limit), ())
+                view = torch.stack(planes, dim=1).to(self.dtype)
                 return view.contiguous(memory_format=self._memory_format())
             height, width = self.image_size
             view = torch.empty(
@@ -238,8 +239,7 @@ class ViewAugmentation(nn.Module):
             parts = [torch.split(t, chunk) for t in (view, images, *params.values())]
             for out, some, *draws in zip(*parts, strict=True):
                 planes = self._planes(some, dict(zip(params, draws, strict=True)), limit)
-                for channel, plane in zip(out.unbind(1), planes, strict=True):
-                    channel.copy_(plane)
+                self._finish(planes, out.unbind(1))
             return view
 
     def normalise(self, images: Tensor) -> Tensor:
@@ -286,11 +286,19 @@ class ViewAugmentation(nn.Module):
         if self.solarize > 0:
             invert = partial(_colour.solarize, threshold=self.solarize_threshold)
             planes = change_some(planes, params["solarize"], invert)
-        clipped = [plane.clamp(0, 1) for plane in planes]
-        statistics = self.statistics(len(planes))
-        if statistics is None:
-            return clipped
-        return [p.sub_(m).div_(s) for p, m, s in zip(clipped, *statistics, strict=True)]
+        return planes
+
+    def _finish(self, planes: Planes, out: Sequence[Tensor]) -> Planes:
+        """The planes clipped and normalised, in float32 also where `out` is narrower."""
+        mean, std = self.statistics(len(planes)) or (None, None)
+        finished = []
+        for i, plane in enumerate(planes):
+            in_place = out and out[i].dtype == plane.dtype
+            clipped = torch.clamp(plane, 0, 1, out=out[i]) if in_place else plane.clamp(0, 1)
+            if mean is not None and std is not None:
+                clipped.sub_(mean[i]).div_(std[i])
+            finished.append(clipped if in_place or not out else out[i].copy_(clipped))
+        return finished
 
     def statistics(self, channels: int) -> tuple[Sequence[float], Sequence[float]] | None:
         """(mean, std) that images of so many channels are normalised with; None: they are not.
