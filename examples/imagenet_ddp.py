@@ -1,0 +1,486 @@
+"""Pre-train a backbone with BYOL for real: one device, or many under torchrun.
+
+    torchrun --nproc-per-node=8 examples/imagenet_ddp.py --data imagenet --output runs/byol
+
+Everything that a run leaves is in --output; the same command started again goes on from there,
+wherever it was stopped. pretrain_data.py has the images, pretrain_watch.py the log and the alarms.
+"""
+
+import argparse
+import json
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+from pretrain_data import Source, TrainingImages, fail, make_loader, on_device, open_data
+from pretrain_state import (
+    Order,
+    Progress,
+    Undo,
+    Verdicts,
+    asked_to_stop,
+    read_checkpoint,
+    restore,
+    save,
+    the_only_run,
+    what_changed,
+)
+from pretrain_watch import Journal, Watch, describe
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from byol_pytorch import BYOL, checkpoint
+from byol_pytorch.augment import PRESETS, byol_views
+from byol_pytorch.optim import LARS, param_groups, scaled_decay, scaled_lr, warmup_cosine
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is learned from which batches. Every field is a flag; a resumed run must not differ."""
+
+    epochs: int
+    base_lr: float  # for 256 images; scaled linearly with the batch
+    weight_decay: float
+    base_decay: float  # of the target's moving average
+    constant_decay: bool = False  # instead of rising to 1 by a half cosine
+    warmup_epochs: float = 10
+    optimizer: str = "lars"
+    batch_size: int = 4096  # images of one optimizer step, over all devices and accumulated
+    accumulate: int = 1  # backward passes of one optimizer step
+    model: str = "resnet50"  # timm's name
+    model_args: dict[str, Any] = field(default_factory=dict)  # JSON, for timm.create_model
+    small_stem: bool = False  # a ResNet's first layers for 32 px: 3x3, stride 1, no max-pool
+    freeze: str = ""  # a module that does not train
+    freeze_bn: bool = False  # batch norm keeps its statistics, to go on from existing weights
+    image_size: int = 224
+    views: str = "imagenet"  # a preset of byol_pytorch.augment
+    projection_size: int = 256
+    projection_hidden_size: int = 4096
+    loss_scale: float = 1.0  # for SGD, which the loss' scale matters to
+
+
+# arXiv 2006.07733, section 3.3, and for all three lengths byol/configs/byol.py of DeepMind's code
+# (github.com/google-deepmind/deepmind-research).
+PAPER_1000 = Recipe(epochs=1000, base_lr=0.2, weight_decay=1.5e-6, base_decay=0.996)
+PAPER_300 = Recipe(epochs=300, base_lr=0.3, weight_decay=1e-6, base_decay=0.99)
+PAPER_100 = Recipe(epochs=100, base_lr=0.45, weight_decay=1e-6, base_decay=0.99)
+# github.com/open-mmlab/mmselfsup, byol_resnet50_16xb256-coslr-200e: lr 4.8 at 4096 images.
+MMSELFSUP = Recipe(epochs=200, base_lr=0.3, weight_decay=1e-6, base_decay=0.99)
+RECIPES = {
+    "paper-1000": PAPER_1000,
+    "paper-300": PAPER_300,
+    "paper-100": PAPER_100,
+    "mmselfsup-16xb256-200": MMSELFSUP,
+    # byol_resnet50_8xb32-accum16-coslr-200e: the same, but batch norm sees 256 images.
+    "mmselfsup-8xb32-accum16-200": replace(MMSELFSUP, accumulate=16),
+    # MoCo v3 (arXiv 2104.02057; CONFIG.md of github.com/facebookresearch/moco-v3): AdamW, 40 epochs
+    # of warm-up, patch projection frozen. It decays biases and norms too, this does not.
+    "vit": Recipe(
+        epochs=300, base_lr=1.5e-4, weight_decay=0.1, base_decay=0.99, warmup_epochs=40,
+        optimizer="adamw", model="vit_base_patch16_224", freeze="patch_embed",
+    ),
+    # lightly's CIFAR-10 benchmark (docs.lightly.ai, benchmarks): lr 0.06 at 128 images; its loss is
+    # a quarter of this one. It decays biases and norms too, this does not.
+    "small": Recipe(
+        epochs=200, base_lr=0.12, weight_decay=5e-4, base_decay=0.99, constant_decay=True,
+        warmup_epochs=0, optimizer="sgd", batch_size=512, model="resnet18", small_stem=True,
+        image_size=32, views="cifar", projection_hidden_size=1024, loss_scale=0.25,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the recipe, the data and the number of processes."""
+
+    device: torch.device
+    rank: int
+    world: int
+    images: int  # of one forward pass of one device
+    epoch_steps: int
+    steps: int
+    warmup_steps: int
+    lr: float
+    usual_lr: float  # the recipe's own for this batch, before --lr and --base-lr
+    decay: float
+    amp: str
+    identity: dict[str, Any]  # what a resumed run must have in common
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.amp != "none")
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe, args = parse_arguments(argv)
+    device, rank, world = join_processes(args)
+    source, test = open_data(args.data)
+    plan = make_plan(recipe, args, source, device, rank, world)
+    if args.dry_run:
+        describe(build_learner(recipe, plan, args), recipe, plan, source)
+    else:
+        pretrain(recipe, plan, args, source, test)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pretrain(
+    recipe: Recipe, plan: Plan, args: argparse.Namespace, source: Source, test: Source | None
+) -> None:
+    device, rank, stop = plan.device, plan.rank, asked_to_stop()
+    with the_only_run(args.output, rank):
+        state = read_checkpoint(args.output / "last.pt", plan)
+        learner = build_learner(recipe, plan, args, resumed=state is not None)
+        optimizer = build_optimizer(learner, recipe, plan)
+        scaler = torch.amp.GradScaler(device.type, enabled=plan.amp == "fp16")
+        progress = restore(state, learner, optimizer, scaler) if state else Progress()
+        journal = Journal(args.output, rank == 0, progress.step, plan.steps, recipe.batch_size)
+        if state:
+            journal.note(progress.step, what_changed(state, plan, args))
+        watch = Watch(journal, learner, source, test, progress, recipe, plan, args)
+        views = Views(recipe, plan, args, source)
+        if train(learner, optimizer, scaler, views, watch, progress, recipe, plan, args, stop):
+            export(learner, journal, args)
+        journal.close()
+
+
+def train(
+    learner: BYOL, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, views: "Views",
+    watch: Watch, progress: Progress, recipe: Recipe, plan: Plan, args: argparse.Namespace,
+    stop: list[int],
+) -> bool:  # fmt: skip
+    """The whole of BYOL's training loop; whether it came to its end."""
+    model, clock = parallel(learner, plan, args), watch.clock
+    verdicts, undo = Verdicts(plan.device, plan.world), Undo(learner, optimizer)
+    batches = views.batches(progress.step)
+    while progress.step < plan.steps:
+        step = progress.step
+        for group in optimizer.param_groups:
+            group["lr"] = warmup_cosine(step, plan.steps, plan.warmup_steps, plan.lr)
+        draws = views.draw(step)
+        undo.remember()
+        optimizer.zero_grad()
+        for part in range(recipe.accumulate):
+            with clock("data"):
+                images, bad = next(batches)
+            with clock("views"):
+                one, two = views.make(images, draws, part)
+            watch.before(bad, one, two)
+            # Dropout and its like: drawn anew here, so that no other use of randomness moves them.
+            torch.manual_seed(seed_of(args.seed, 1, plan.rank, step, part))
+            last = part == recipe.accumulate - 1
+            with clock("step"), synchronised(model, last), plan.autocast():
+                loss = model(one, two)
+                scaler.scale(loss * recipe.loss_scale / recipe.accumulate).backward()
+            watch.after(loss)
+        with clock("update"):
+            scaler.unscale_(optimizer)
+            norm = gradient_norm(optimizer)
+            keep = verdicts.agree(norm, stop=bool(stop))
+            optimizer.step()
+            undo.unless(keep)
+            scaler.update()
+            learner.update_moving_average()
+        progress.step += 1
+
+        due = progress.step % args.save_every == 0 or progress.step == plan.steps
+        asked = verdicts.count(progress, all_of_them=due)
+        watch.look(norm, optimizer.param_groups[0]["lr"], everything=due or asked)
+        watch.stop_if_skipping()
+        if due or asked or watch.too_many_bad():
+            error = save(progress, learner, optimizer, scaler, plan, args)
+            watch.say_saved(error, asked)
+        watch.stop_if_bad()
+        if asked and progress.step < plan.steps:
+            return False
+    return True
+
+
+# Arguments and what follows from them -----------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        description="Pre-train a timm backbone with BYOL. The same command goes on where an "
+        "earlier one was stopped.",
+    )
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--data", type=Path, required=True, help="image folder, CIFAR, STL-10, .npz or tar shards")
+    add("--output", type=Path, default=Path("runs/pretrain"), help="folder of the run")
+    add("--recipe", choices=RECIPES, default="paper-100", help="what the flags below default to")
+    hints = get_type_hints(Recipe)
+    group = parser.add_argument_group("recipe", "the class Recipe says what each of these is")
+    for f in fields(Recipe):
+        kind = json.loads if f.name == "model_args" else hints[f.name]
+        how = {"action": switch} if kind is bool else {"type": kind}
+        group.add_argument("--" + f.name.replace("_", "-"), default=None, **how)
+    add("--lr", type=float, help="peak learning rate itself, instead of --base-lr")
+    add("--steps", type=int, help="optimizer steps, instead of --epochs; warm-up keeps its share")
+    add("--scale-decay", action="store_true", help="--base-decay for the recipe's batch, to yours")
+    add("--seed", type=int, default=0)
+    add("--decode-size", type=int, help="fast mode: crops on the device from squares of this side")
+    add("--init-from", help="a file of weights, or 'timm' for timm's own")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--workers", type=int, default=min(12, os.cpu_count() or 1), help="a process")
+    add("--amp", choices=["auto", "none", "bf16", "fp16"], default="auto")
+    add("--compile", action="store_true")
+    add("--fsdp", action="store_true", help="shard weights and optimizer over the processes")
+    add("--channels-last", action=switch, default=True)
+    add("--sync-bn", action=switch, default=True, help="the backbone's, on several CUDA devices")
+    add("--save-every", type=int, default=500, help="steps")
+    add("--log-every", type=int, default=10, help="steps")
+    add("--health-every", type=int, default=500, help="steps between looks for collapse")
+    add("--knn-every", type=int, default=10, help="epochs between kNN accuracies, 0 for none")
+    add("--knn-images", type=int, default=20_000, help="at most so many vote")
+    add("--max-bad", type=float, default=0.01, help="part of the images that may be unreadable")
+    add("--max-skipped", type=int, default=20, help="non-finite steps in a row before stopping")
+    add("--dry-run", action="store_true", help="print what would run")
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
+    recipe = replace(RECIPES[args.recipe], **{k: v for k, v in given.items() if v is not None})
+    check(recipe, args)
+    return recipe, args
+
+
+def check(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Refuse what cannot work, as far as it shows without data and devices."""
+    for name, allowed in (("optimizer", ("lars", "adamw", "sgd")), ("views", tuple(PRESETS))):
+        if getattr(recipe, name) not in allowed:
+            fail(f"--{name} {getattr(recipe, name)} is none of {', '.join(allowed)}.")
+    if not isinstance(recipe.model_args, dict):
+        fail("--model-args is no JSON object, such as '{\"drop_path_rate\": 0.1}'.")
+    if not timm.is_model(recipe.model):
+        near = ", ".join(timm.list_models(f"*{recipe.model[:6]}*")[:4])
+        fail(f"--model {recipe.model} is not a model of timm. Near names: {near or 'none'}.")
+    given = asdict(recipe) | {k: v for k, v in vars(args).items() if v is not None}
+    counts = ("epochs", "batch_size", "accumulate", "image_size", "projection_size")
+    counts += ("projection_hidden_size", "steps", "save_every", "log_every", "health_every")
+    counts += ("knn_images", "max_skipped", "decode_size")
+    numbers = ("seed", "workers", "lr", "base_lr", "weight_decay", "knn_every", "max_bad")
+    for names, least in ((counts, 1), (numbers, 0)):
+        low = [name for name in names if given.get(name, least) < least]
+        if low:
+            fail(f"--{low[0].replace('_', '-')} must be {least} or more.")
+    if not 0 <= recipe.base_decay <= 1:
+        fail(f"--base-decay {recipe.base_decay} is not in [0, 1].")
+    if args.fsdp and args.amp == "fp16":
+        fail("--fsdp needs --amp bf16 or none: fp16's loss scale is not shared between shards.")
+
+
+def join_processes(args: argparse.Namespace) -> tuple[torch.device, int, int]:
+    """The device, the rank and the number of processes; torchrun's environment says which."""
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda, and torch sees no CUDA device.")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if "RANK" not in os.environ:
+        if args.fsdp:
+            fail("--fsdp shards over processes: start with torchrun --nproc-per-node=N.")
+        return device, 0, 1
+    # Long enough for rank 0 to list the files of a slow disk.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def make_plan(
+    recipe: Recipe, args: argparse.Namespace, source: Source, device: torch.device, rank: int,
+    world: int,
+) -> Plan:  # fmt: skip
+    parts = world * recipe.accumulate
+    if recipe.batch_size % parts:
+        fail(
+            f"--batch-size {recipe.batch_size} does not divide by {world} processes times "
+            f"--accumulate {recipe.accumulate}."
+        )
+    if recipe.batch_size // recipe.accumulate < 2:
+        fail("Batch norm needs 2 images or more in a pass: raise --batch-size.")
+    epoch_steps = len(source) // recipe.batch_size
+    if not epoch_steps:
+        fail(
+            f"{len(source)} images do not fill a batch of {recipe.batch_size}: lower --batch-size."
+        )
+    if not 0 <= recipe.warmup_epochs <= recipe.epochs:
+        fail(f"--warmup-epochs {recipe.warmup_epochs:g} is not within {recipe.epochs} epochs.")
+    steps = args.steps or recipe.epochs * epoch_steps
+    lr = scaled_lr(recipe.base_lr, recipe.batch_size) if args.lr is None else args.lr
+    usual = RECIPES[args.recipe]
+    decay, amp = recipe.base_decay, args.amp
+    if args.scale_decay:
+        decay = scaled_decay(decay, recipe.batch_size / usual.batch_size)
+    if amp == "auto":
+        amp = "bf16" if device.type == "cuda" else "none"
+    identity = asdict(recipe) | {"lr": lr, "steps": steps, "base_decay": decay, "amp": amp}
+    identity |= {name: getattr(args, name) for name in ("seed", "decode_size", "init_from")}
+    identity |= {"images": len(source), "names of the images": source.fingerprint()}
+    del identity["accumulate"]  # with other devices another one may be needed
+    return Plan(
+        device, rank, world, recipe.batch_size // parts, epoch_steps, steps,
+        round(steps * recipe.warmup_epochs / recipe.epochs), lr,
+        scaled_lr(usual.base_lr, recipe.batch_size), decay, amp, identity,
+    )  # fmt: skip
+
+
+def seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+# The parts of a run -----------------------------------------------------------------------------
+
+
+def build_learner(
+    recipe: Recipe, plan: Plan, args: argparse.Namespace, resumed: bool = False
+) -> BYOL:
+    torch.manual_seed(args.seed)  # the same weights on every rank
+    try:
+        net = make_net(recipe, pretrained=args.init_from == "timm" and not resumed)
+        if args.init_from not in (None, "timm") and not resumed:
+            report = checkpoint.load_backbone(args.init_from, net)
+            if plan.rank == 0:
+                print(f"{args.init_from}: loaded {len(report.loaded)} tensors")
+        if recipe.freeze:
+            net.get_submodule(recipe.freeze).requires_grad_(False)
+        if plan.world > 1 and plan.device.type == "cuda" and args.sync_bn and not recipe.freeze_bn:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        learner = BYOL(
+            net,
+            recipe.image_size,
+            projection_size=recipe.projection_size,
+            projection_hidden_size=recipe.projection_hidden_size,
+            moving_average_decay=plan.decay,
+            total_steps=None if recipe.constant_decay else plan.steps,
+        )
+    except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError, OSError) as error:
+        fail(f"{recipe.model} cannot be built as asked: {error}")
+    # FSDP2 shards contiguous parameters alone.
+    channels_last = args.channels_last and not args.fsdp
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    learner.to(plan.device, memory_format=layout).train()
+    if recipe.freeze_bn:
+        for module in learner.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+    if args.fsdp:
+        # A compiled learner has to be one unit (README, "In your loop").
+        for part in () if args.compile else (learner.net, learner.target.net):
+            fully_shard(part)
+        fully_shard(learner)
+        for method in ("representation", "diagnostics"):
+            register_fsdp_forward_method(learner, method)
+    if args.compile:
+        learner.compile(fullgraph=True)
+    return learner
+
+
+def make_net(recipe: Recipe, pretrained: bool) -> nn.Module:
+    options = {"pretrained": pretrained, "num_classes": 0, **recipe.model_args}
+    try:  # vision transformers have to know
+        net = timm.create_model(recipe.model, img_size=recipe.image_size, **options)
+    except TypeError:
+        net = timm.create_model(recipe.model, **options)
+    if recipe.small_stem:
+        width = net.conv1.out_channels
+        net.conv1, net.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
+    return net
+
+
+def build_optimizer(learner: BYOL, recipe: Recipe, plan: Plan) -> torch.optim.Optimizer:
+    groups = param_groups(learner, recipe.weight_decay)
+    if recipe.optimizer == "lars":
+        return LARS(groups, plan.lr)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, plan.lr, fused=True)  # its step count on the device
+    return torch.optim.SGD(groups, plan.lr, momentum=0.9)
+
+
+def parallel(learner: BYOL, plan: Plan, args: argparse.Namespace) -> nn.Module:
+    if plan.world == 1 or args.fsdp:
+        return learner
+    for name in learner.ddp_ignored():  # DDP leaves these alone, at the start too
+        dist.broadcast(learner.get_parameter(name).data, src=0)
+    ids = [plan.device.index] if plan.device.type == "cuda" else None
+    return DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def synchronised(model: Any, last: bool) -> AbstractContextManager[Any]:
+    """Gradients are averaged over the ranks in the last pass of a step alone."""
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
+    ddp = isinstance(model, DistributedDataParallel)
+    return model.no_sync() if ddp and not last else nullcontext()
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class Views:
+    """The batches and their two views. A step's draws are those of its whole global batch, of which
+    each rank takes its part: views differ between ranks and do not depend on how many there are.
+    """
+
+    def __init__(
+        self, recipe: Recipe, plan: Plan, args: argparse.Namespace, source: Source
+    ) -> None:
+        self.recipe, self.plan, self.args = recipe, plan, args
+        self.data = TrainingImages(source, recipe.image_size, args.seed, args.decode_size)
+        self.shape = self.data.shape or (recipe.image_size, recipe.image_size)
+        self.pair = byol_views(
+            recipe.image_size,
+            recipe.views,
+            crop=self.data.shape is not None,
+            channels_last=args.channels_last,
+        )
+        self.transforms = [view.transform for view in self.pair]
+        if args.compile:
+            self.transforms = [torch.compile(t, fullgraph=True) for t in self.transforms]
+        self.generator = torch.Generator(plan.device)
+
+    def batches(self, start: int) -> Any:
+        order = Order(
+            self.data.source, self.args.seed, self.recipe.batch_size, self.recipe.accumulate,
+            self.plan.rank, self.plan.world, start, self.plan.steps,
+        )  # fmt: skip
+        loader = make_loader(self.data, order, self.args.workers, self.plan.device)
+        return on_device(loader, self.plan.device)
+
+    def draw(self, step: int) -> list[dict[str, Tensor]]:
+        self.generator.manual_seed(seed_of(self.args.seed, 2, step))
+        pixel = torch.empty(1, 1, 1, 1, dtype=torch.uint8, device=self.plan.device)
+        batch = pixel.expand(self.recipe.batch_size, 3, *self.shape)  # its shape is what counts
+        return [view.sample(batch, self.generator) for view in self.pair]
+
+    def make(self, images: list[Tensor], draws: Any, part: int) -> list[Tensor]:
+        first = (self.plan.rank * self.recipe.accumulate + part) * self.plan.images
+        some = slice(first, first + self.plan.images)
+        mine = [{name: values[some] for name, values in each.items()} for each in draws]
+        sides = (images[0], images[-1])
+        return [t(x, d) for t, x, d in zip(self.transforms, sides, mine, strict=True)]
+
+
+def export(learner: BYOL, journal: Journal, args: argparse.Namespace) -> None:
+    path = args.output / "backbone.safetensors"
+    try:
+        checkpoint.export_backbone(learner, path)
+    except OSError as error:
+        fail(f"{path} cannot be written: {error}. Start again to write it from last.pt.")
+    journal.note(journal.step, f"done, the backbone is in {path}")
+
+
+if __name__ == "__main__":
+    main()

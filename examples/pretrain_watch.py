@@ -1,0 +1,492 @@
+"""How imagenet_ddp.py watches itself: the journal, the clock, nearest neighbours, and alarms.
+
+Nothing here changes what is trained: a run that is not watched ends with the same weights.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pretrain_data import Bad, EvaluationImages, Source, fail, make_loader, upsampled_share
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # votes weighted exp(cosine / T), as in arXiv 1805.01978
+EVALUATION_BATCH = 256
+COLLAPSED, FALLEN = 0.2, 0.5  # of the healthy feature std, and of the run's highest so far
+SHOWN_IMAGES, HEALTH_IMAGES = 8, 256
+SHOWN_FIGURES = ("loss", "lr", "data_ms", "views_ms", "step_ms")
+
+
+class Journal:
+    """Rank 0's terminal, `log.jsonl` and TensorBoard (where installed); silent on other ranks.
+
+    A disk that is full costs lines of the log, never the run.
+    """
+
+    def __init__(self, folder: Path, active: bool, step: int, steps: int, batch: int) -> None:
+        self.path, self.active, self.step, self.batch = folder / "log.jsonl", active, step, batch
+        self.board: Any = None
+        self.complained = False
+        if not active:
+            return
+        self._forget_after(step)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder), purge_step=step + 1)
+        except ImportError:
+            pass
+        except OSError as error:
+            self._complain(error)
+        interval = 0.5 if sys.stderr.isatty() else 60
+        self.bar = tqdm(
+            total=steps * batch, initial=step * batch, unit=" images", unit_scale=True,
+            mininterval=interval, dynamic_ncols=True, file=sys.stderr,
+        )  # fmt: skip
+
+    def advance(self) -> None:
+        self.step += 1
+        if self.active:
+            self.bar.update(self.batch)
+
+    def figures(self, step: int, values: dict[str, float]) -> None:
+        """One line of the log and one point of each curve."""
+        if not self.active:
+            return
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._write({"step": step, **finite})
+        shown = {k: f"{values[k]:.3g}" for k in SHOWN_FIGURES if k in values}
+        if shown:
+            self.bar.set_postfix(shown, refresh=False)
+        for name, value in values.items():
+            self._on_board("add_scalar", name, value, step)
+
+    def note(self, step: int, sentence: str, **more: Any) -> None:
+        """Something that a person should read."""
+        if self.active:
+            self._write({"step": step, "note": sentence, **more})
+            self.tell(f"step {step}: {sentence}")
+
+    def tell(self, sentence: str) -> None:
+        if self.active:
+            tqdm.write(sentence, file=sys.stderr)
+
+    def views(self, one: Tensor, two: Tensor) -> None:
+        """A picture of the first images' two views, one above the other."""
+        if not self.active:
+            return
+        mean, std = (
+            torch.tensor(v, device=one.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
+        )
+        some = torch.cat([one[:SHOWN_IMAGES], two[:SHOWN_IMAGES]]).float() * std + mean
+        picture = make_grid(some.clamp(0, 1).cpu(), nrow=min(SHOWN_IMAGES, len(one)))
+        self._on_board("add_image", "views", picture, 0)
+        try:
+            save_image(picture, self.path.with_name("views.png"))
+        except OSError as error:
+            self._complain(error)
+
+    def close(self) -> None:
+        if self.active:
+            self.bar.close()
+            self._on_board("close")
+
+    def _write(self, line: dict[str, Any]) -> None:
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            self._complain(error)
+
+    def _on_board(self, method: str, *arguments: Any) -> None:
+        if self.board is None:
+            return
+        try:
+            getattr(self.board, method)(*arguments)
+        except Exception as error:  # of its writing thread, of whatever kind
+            self.board = None
+            self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        if not self.complained:
+            tqdm.write(f"the log cannot be written, the run goes on: {error}", file=sys.stderr)
+        self.complained = True
+
+    def _forget_after(self, step: int) -> None:
+        # A killed run was ahead of its last checkpoint, and may have left half a line.
+        try:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+        except OSError:
+            return
+        kept = [line for line in lines if step and 0 <= json_step(line) <= step]
+        temporary = self.path.with_name(".log.jsonl")
+        try:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            os.replace(temporary, self.path)
+        except OSError as error:
+            self._complain(error)
+
+
+def json_step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
+
+
+class Clock:
+    """Seconds by part of a step; on CUDA of the device's own time, except for the data wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        if self.cuda and part != "data":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            yield
+            last.record()
+            self.events.append((part, first, last))
+        else:
+            begun = time.perf_counter()
+            yield
+            self.seconds[part] += time.perf_counter() - begun
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Milliseconds a step of every part, and steps a second, since the last reading."""
+        if self.events:
+            torch.cuda.synchronize()
+        for part, first, last in self.events:
+            self.seconds[part] += first.elapsed_time(last) / 1000
+        elapsed, self.start = time.perf_counter() - self.start, time.perf_counter()
+        result = {f"{part}_ms": 1000 * s / steps for part, s in self.seconds.items()}
+        self.seconds.clear()
+        self.events.clear()
+        return result | {"steps_per_second": steps / elapsed}
+
+
+def memory_gib(device: torch.device) -> float:
+    """The highest so far: of the device, or on CPUs of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Watch:
+    """What is done beside the training: figures, nearest neighbours, alarms, unreadable images."""
+
+    def __init__(
+        self, journal: Journal, learner: Any, source: Source, test: Source | None, progress: Any,
+        recipe: Any, plan: Any, args: argparse.Namespace,
+    ) -> None:  # fmt: skip
+        self.journal, self.learner, self.source, self.progress = journal, learner, source, progress
+        self.recipe, self.plan, self.args = recipe, plan, args
+        self.clock = Clock(plan.device)
+        self.losses: list[Tensor] = []
+        self.unread: list[Bad] = []
+        self.logged = progress.step
+        self.neighbours = Neighbours(source, test, args.knn_images)
+        every = range(0, len(source), max(1, len(source) // HEALTH_IMAGES))
+        self.sample, good = EvaluationImages(source, recipe.image_size)[np.array(every)]
+        self.sample = self.sample[good][:HEALTH_IMAGES].to(plan.device)
+        if progress.step == 0:
+            self._neighbours()
+
+    def before(self, bad: list[Bad], one: Tensor, two: Tensor) -> None:
+        """Before a forward pass; the very first one's views become a picture."""
+        self.unread += bad
+        if self.progress.step == 0 and not self.losses:
+            self.journal.views(one, two)
+
+    def after(self, loss: Tensor) -> None:
+        self.losses.append(loss.detach())
+
+    def look(self, norm: Tensor, lr: float, everything: bool) -> None:
+        """After a step, which the progress counts already."""
+        step, args = self.progress.step, self.args
+        self.journal.advance()
+        last = step == self.plan.steps
+        if step % args.log_every == 0 or everything:
+            self._bad_images()
+            self._figures(norm, lr)
+        if step == 1 or step % args.health_every == 0 or last:
+            self._health()
+        epoch, rest = divmod(step, self.plan.epoch_steps)
+        if (args.knn_every and rest == 0 and epoch % args.knn_every == 0) or last:
+            self._neighbours()
+
+    def stop_if_skipping(self) -> None:
+        progress = self.progress
+        if progress.streak < self.args.max_skipped:
+            return
+        sentence = (
+            f"the gradients of {progress.streak} steps in a row were not finite, "
+            f"{progress.skipped} steps in all. These steps were not taken, and last.pt is of "
+            "before. Lower --lr, or use --amp bf16 or none; a batch that does this alone is found "
+            "by starting again."
+        )
+        self.journal.note(progress.step, sentence)
+        fail(sentence)
+
+    def too_many_bad(self) -> bool:
+        return len(self.progress.bad) > self.args.max_bad * len(self.source)
+
+    def stop_if_bad(self) -> None:
+        if self.too_many_bad():
+            first = next(iter(self.progress.bad.items()))
+            fail(
+                f"{len(self.progress.bad)} of {len(self.source)} images cannot be read, and "
+                f"--max-bad is {self.args.max_bad:g}. log.jsonl names them, the first is "
+                f"{self.source.name(first[0])}: {first[1]}"
+            )
+
+    def say_saved(self, error: OSError | None, asked: bool) -> None:
+        step = self.progress.step
+        if error is not None:
+            self.journal.note(step, f"NOT saved, the last.pt of before remains: {error}")
+        if asked and error is not None:
+            fail(f"asked to stop, and the state of step {step} could not be saved: {error}")
+        if asked and step < self.plan.steps:
+            self.journal.note(step, "asked to stop: saved, the same command goes on from here")
+
+    def _figures(self, norm: Tensor, lr: float) -> None:
+        steps, self.logged = self.progress.step - self.logged, self.progress.step
+        if not steps:
+            return
+        loss = torch.stack(self.losses).mean()
+        self.losses.clear()
+        if self.plan.world > 1:
+            dist.all_reduce(loss)
+        speed = self.clock.read(steps)
+        figures = {
+            "epoch": self.progress.step / self.plan.epoch_steps,
+            "loss": loss.item() / self.plan.world,
+            "lr": lr,
+            "ema_decay": self.learner.moving_average_decay,
+            "grad_norm": norm.item(),
+            "skipped_steps": self.progress.skipped,
+            "unreadable_images": len(self.progress.bad),
+            "images_per_second": speed.pop("steps_per_second") * self.recipe.batch_size,
+            **speed,
+            "memory_gib": memory_gib(self.plan.device),
+        }
+        self.journal.figures(self.progress.step, figures)
+
+    def _bad_images(self) -> None:
+        found = [self.unread]
+        if self.plan.world > 1:
+            found = [[] for _ in range(self.plan.world)]
+            dist.all_gather_object(found, self.unread)
+        self.unread = []
+        for index, reason in sorted(bad for of_rank in found for bad in of_rank):
+            if index not in self.progress.bad:
+                self.progress.bad[index] = reason
+                name = self.source.name(index)
+                self.journal.note(self.progress.step, f"cannot read {name}: {reason}", bad=name)
+
+    def _health(self) -> None:
+        progress, recipe = self.progress, self.recipe
+        figures = self.learner.diagnostics(self.sample)
+        self.journal.figures(progress.step, figures)
+        std = figures["feature_std"]
+        collapsed = has_collapsed(std, progress.highest_std, recipe.projection_size)
+        if collapsed and not progress.alarmed:
+            cause = likely_cause(
+                bn_batch=recipe.batch_size // recipe.accumulate,
+                decay=figures["ema_decay"],
+                lr_ratio=self.plan.lr / self.plan.usual_lr,
+                weight_decay=recipe.weight_decay,
+                skipped=progress.skipped,
+            )
+            sentence = (
+                f"COLLAPSE? feature std {std:.2g}, it was {progress.highest_std:.2g}; {cause}"
+            )
+            self.journal.note(progress.step, sentence, collapse=True)
+        progress.alarmed = collapsed
+        progress.highest_std = max(progress.highest_std, std)
+
+    def _neighbours(self) -> None:
+        if not self.args.knn_every or not self.neighbours:
+            return
+        plan, args = self.plan, self.args
+        accuracy = self.neighbours.accuracy(
+            self.learner, self.recipe.image_size, plan.device, args.workers
+        )
+        epoch, step = self.progress.step / plan.epoch_steps, self.progress.step
+        self.journal.figures(step, {"epoch": epoch, "knn_accuracy": accuracy})
+        self.journal.tell(f"epoch {epoch:.1f}: kNN accuracy {accuracy:.2f} %")
+
+
+# Nearest neighbours -----------------------------------------------------------------------------
+
+
+class Neighbours:
+    """The online kNN accuracy: how many test images have the label of their nearest neighbours.
+
+    Up to `limit` training images vote on up to a fifth as many test images; without a test set
+    other training images take its place.
+    """
+
+    def __init__(self, train: Source, test: Source | None, limit: int) -> None:
+        rng = np.random.default_rng(0)
+        bank = rng.permutation(np.flatnonzero(train.labels >= 0))
+        if test is None:
+            test = train
+            queries, bank = np.split(bank[: limit + limit // 5], [min(limit, len(bank)) // 6])
+        else:
+            queries = rng.permutation(np.flatnonzero(test.labels >= 0))
+        self.bank, self.queries = (train, bank[:limit]), (test, queries[: limit // 5])
+
+    def __bool__(self) -> bool:
+        return min(len(self.bank[1]), len(self.queries[1])) > 0
+
+    def accuracy(self, learner: Any, size: int, device: torch.device, workers: int) -> float:
+        """In percent, of the backbone as it is, in evaluation mode. Every rank calls it."""
+        modes = [(module, module.training) for module in learner.modules()]
+        learner.eval()
+        try:
+            (bank, labels), (queries, truth) = (
+                embed(learner, *part, size, device, workers) for part in (self.bank, self.queries)
+            )
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        return knn_accuracy(bank, labels, queries, truth)
+
+
+@torch.no_grad()
+def embed(
+    learner: Any, source: Source, numbers: np.ndarray, size: int, device: torch.device, workers: int
+) -> tuple[Tensor, Tensor]:
+    """Normalised representations (N, D) and labels (N,), worked out by all ranks together."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    share = math.ceil(len(numbers) / world)
+    mine = np.resize(numbers, share * world)[rank::world]
+    parts = np.array_split(mine, math.ceil(share / EVALUATION_BATCH))
+    features, good = [], []
+    for images, read in make_loader(EvaluationImages(source, size), parts, workers, device):
+        features.append(F.normalize(learner.representation(images.to(device)).float()))
+        good.append(read.to(device))
+    every, readable = gather(torch.cat(features), world), gather(torch.cat(good), world)
+    every, readable = every[: len(numbers)], readable[: len(numbers)]
+    labels = torch.from_numpy(source.labels[numbers]).to(device)
+    return every[readable], labels[readable]
+
+
+def gather(mine: Tensor, world: int) -> Tensor:
+    """The rows of all ranks, in the order in which rank::world took them."""
+    if world == 1:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine)
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
+    """Percent of queries whose class wins the vote of the 20 nearest of the bank."""
+    right, classes = 0, int(bank_labels.max()) + 1
+    for part, truth in zip(queries.split(1024), labels.split(1024), strict=True):
+        cosine, nearest = (part @ bank.T).topk(min(NEIGHBOURS, len(bank)))
+        votes = torch.zeros(len(part), classes, device=part.device)
+        votes.scatter_add_(1, bank_labels[nearest], (cosine / TEMPERATURE).exp())
+        right += int((votes.argmax(1) == truth).sum())
+    return 100 * right / max(1, len(labels))
+
+
+# Collapse ---------------------------------------------------------------------------------------
+
+
+def has_collapsed(std: float, highest: float, projection_size: int) -> bool:
+    """Whether the feature std fell: far below 1 / sqrt(D) and below what the run had reached."""
+    return std < COLLAPSED / math.sqrt(projection_size) and std < FALLEN * highest
+
+
+def likely_cause(
+    *, bn_batch: int, decay: float, lr_ratio: float, weight_decay: float, skipped: int
+) -> str:
+    """The first thing to try, in the order in which these are usual.
+
+    `bn_batch` images share a batch norm; `lr_ratio` is the learning rate over the recipe's.
+    """
+    if lr_ratio > 1.5:
+        return f"the learning rate is {lr_ratio:.1f} times the recipe's: lower --lr"
+    if decay < 0.9:
+        return f"the target follows at once (EMA decay {decay:g}): raise --base-decay"
+    if bn_batch < 32:
+        return (
+            f"batch norm sees only {bn_batch} images: a larger --batch-size or a smaller "
+            "--accumulate"
+        )
+    if weight_decay > 0.2:
+        return f"the weight decay of {weight_decay:g} is high: lower --weight-decay"
+    if skipped:
+        return f"{skipped} steps had non-finite gradients: lower --lr, or --amp bf16"
+    return "most often the learning rate or a short warm-up: lower --lr, raise --warmup-epochs"
+
+
+# Before a run -----------------------------------------------------------------------------------
+
+
+def describe(learner: Any, recipe: Any, plan: Any, source: Source) -> None:
+    """What --dry-run prints, on rank 0."""
+    if plan.rank:
+        return
+    for name, value in plan.identity.items():
+        print(f"{name.replace('_', '-'):24} {value}")
+    share = upsampled_share(source, recipe.image_size, plan.identity["decode_size"])
+    print(
+        f"\nglobal batch {recipe.batch_size}: {plan.world} processes x {recipe.accumulate} passes "
+        f"x {plan.images} images, on {plan.device.type}\n"
+        f"{len(source)} images, {plan.epoch_steps} steps an epoch, {plan.steps} steps\n"
+        f"learning rate {plan.lr:g} after {plan.warmup_steps} steps of warm-up, "
+        f"EMA decay {plan.decay:g}{'' if recipe.constant_decay else ' rising to 1'}\n"
+        f"{100 * share:.0f} % of the views are enlarged from fewer pixels than they have\n"
+        f"memory: about {estimated_gib(learner, recipe, plan):.2f} GiB a process"
+    )
+
+
+def estimated_gib(learner: Any, recipe: Any, plan: Any) -> float:
+    """Weights and what belongs to them, and what a backward pass of both views keeps, which is
+    measured with two images."""
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    size = (2, 3, recipe.image_size, recipe.image_size)
+    one, two = (torch.randn(size, device=plan.device) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), plan.autocast():
+        loss = learner(one, two)
+    del loss
+    weights = list(learner.parameters())
+    for p in weights:
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    own = sum(p.nbytes for p in weights)
+    states = 2 if recipe.optimizer == "adamw" else 1
+    # Of what trains: gradient, optimizer's state, and the copies that undo a step.
+    copies = (2 + 2 * states) * sum(p.nbytes for p in weights if p.requires_grad)
+    return (own + copies + sum(kept.values()) / len(one) * plan.images) / 2**30
