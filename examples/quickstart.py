@@ -18,12 +18,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from quickstart_data import Pictures, fail, find_images, photograph_windows, read_images
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
-from byol_pytorch import BYOL
+from byol_pytorch import BYOL, checkpoint
 from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, ViewAugmentation, byol_views
 
 
@@ -101,7 +100,7 @@ def main() -> None:
         runs.append({"seed": seed, "knn": accuracy, "history": history})
         report.print_seed(seed, accuracy, history.seconds)
         if seed == 0:
-            report.save_backbone(args.output / "backbone.safetensors", learner.net, card)
+            checkpoint.export_backbone(learner, args.output / "backbone.safetensors")
             report.draw(
                 args.output / "report.png",
                 pictures,
@@ -238,36 +237,19 @@ def first_line(error: Exception) -> str:
 
 
 def init_from(path: Path, net: nn.Module, announce: bool) -> None:
-    """Load the tensors that fit by name and shape; refuse a file of which none does."""
-    if not path.is_file():
-        fail(f"--init-from {path} is not a file.")
+    """Load the weights of the same backbone; the library refuses others."""
     try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise of every kind on a broken file
-        fail(f"--init-from {path} cannot be read as weights ({first_line(error)}).")
-    for wrapper in ("state_dict", "model"):
-        weights = weights.get(wrapper, weights) if isinstance(weights, dict) else {}
-    weights = {str(name).removeprefix("module."): value for name, value in weights.items()}
-    own = net.state_dict()
-    fitting = {
-        name: value
-        for name, value in weights.items()
-        if name in own and isinstance(value, Tensor) and value.shape == own[name].shape
-    }
-    if not fitting:
-        fail(f"--init-from {path} has no tensor whose name and shape are the model's.")
-    net.load_state_dict(fitting, strict=False)
+        report = checkpoint.load_backbone(path, net)
+    except (OSError, ValueError) as error:
+        fail(f"--init-from: {first_line(error)}")
     if announce:
-        print(f"{path}: loaded {len(fitting)} of the model's {len(own)} tensors")
+        print(f"{path}: loaded {len(report.loaded)} tensors")
         for what, names in (
-            ("not in the file, or of another shape", own.keys() - fitting),
-            ("in the file but not used", weights.keys() - fitting),
+            ("not in the file, or of another shape", report.missing),
+            ("in the file but not used", report.unexpected),
         ):
             if names:
-                shown = sorted(names)[:5] + ["..."] * (len(names) > 5)
+                shown = [*names[:5], *["..."] * (len(names) > 5)]
                 print(f"  {what}: {', '.join(shown)} ({len(names)})")
 
 

@@ -19,9 +19,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from quickstart_data import Pictures, fail
-from safetensors.torch import save
 from sklearn.manifold import TSNE
-from torch import Tensor, nn
+from torch import Tensor
 
 Features = tuple[Tensor, Tensor]  # (N, D) of the training and of the test images
 
@@ -112,14 +111,6 @@ def save_json(
     }
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1))
-
-
-def save_backbone(path: Path, net: nn.Module, card: dict[str, Any]) -> None:
-    """The weights under timm's own names; how to make the network is in the file's metadata."""
-    weights = {name: value.cpu().contiguous() for name, value in net.state_dict().items()}
-    metadata = {name: json.dumps(value) for name, value in card.items()}
-    with whole_file(path) as temporary:
-        temporary.write_bytes(save(weights, metadata))
 
 
 @contextmanager

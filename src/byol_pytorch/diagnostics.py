@@ -6,6 +6,16 @@ from torch import Tensor
 
 
 @torch.no_grad()
+def health(projections: Tensor, predictions: Tensor, targets: Tensor) -> dict[str, float]:
+    """The three figures below as Python floats, by one synchronisation with the device."""
+    figures = torch.stack(
+        [feature_std(projections), effective_rank(projections), agreement(predictions, targets)]
+    )
+    names = ("feature_std", "effective_rank", "agreement")
+    return dict(zip(names, figures.tolist(), strict=True))
+
+
+@torch.no_grad()
 def feature_std(projections: Tensor) -> Tensor:
     """The mean over dimensions of the std over the batch of the normalised (B, D) projections.
 

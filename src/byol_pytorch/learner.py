@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_pytorch.augment import ViewAugmentation, byol_views
-from byol_pytorch.diagnostics import agreement, effective_rank, feature_std
+from byol_pytorch.diagnostics import health
 from byol_pytorch.heads import mlp, simplicial_embedding, simsiam_mlp
 from byol_pytorch.inputs import (
     Layout,
@@ -29,7 +29,7 @@ from byol_pytorch.inputs import (
 )
 from byol_pytorch.locate import locate
 from byol_pytorch.loss import regression_loss
-from byol_pytorch.probe import probe_inputs, tensors
+from byol_pytorch.probe import evaluating, probe_inputs, tensors
 from byol_pytorch.representation import (
     Pool,
     Representation,
@@ -254,21 +254,12 @@ class BYOL(nn.Module):
         cosine between prediction and target projection) and ema_decay. Costs two forward passes
         and one synchronisation.
         """
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
+        with evaluating(self):
             seen = self._as_seen(images)
             projection = self.projector(self._embed(seen))
             target = projection if self.target is None else self.target(self._in_dtype(seen))
-            agree = agreement(self.predictor(projection), target)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        figures = torch.stack([feature_std(projection), effective_rank(projection), agree])
-        names = ("feature_std", "effective_rank", "agreement")
-        return dict(zip(names, figures.tolist(), strict=True)) | {
-            "ema_decay": self.moving_average_decay
-        }
+            figures = health(projection, self.predictor(projection), target)
+        return figures | {"ema_decay": self.moving_average_decay}
 
     def ddp_ignored(self, prefix: str = "") -> list[str]:
         """Names of the parameters that do not reach the representation, with `prefix` in front.
