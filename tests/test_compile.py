@@ -37,7 +37,10 @@ def test_the_whole_learner_compiles_as_one_graph_and_equals_eager(backend, momen
         for (name, a), b in zip(compiled.named_parameters(), eager.parameters(), strict=True):
             assert (a.grad is None) == (b.grad is None), name
             if a.grad is not None:
-                torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=name)
+                # A bias before a batch norm has gradient 0, up to the rounding of large sums.
+                torch.testing.assert_close(
+                    a.grad, b.grad, atol=5e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+                )
     assert compiled.net[5].weight.grad is None
 
 
