@@ -177,7 +177,8 @@ def assert_same(one: Path, two: Path, exactly: bool = True) -> None:
         tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 2e-3, "atol": 5e-4}
         torch.testing.assert_close(value, second[name], msg=name, **tolerance)
     losses = [[line["loss"] for line in log(o) if "loss" in line] for o in (one, two)]
-    assert losses[0] == (losses[1] if exactly else pytest.approx(losses[1], rel=1e-4))
+    # Sums in another order: after 12 steps torch 2.9 is 1.4e-4 apart, 2.14 less than 1e-4.
+    assert losses[0] == (losses[1] if exactly else pytest.approx(losses[1], rel=5e-4))
     if exactly:
         first, second = (load_file(folder / "backbone.safetensors") for folder in (one, two))
         assert all(torch.equal(first[name], second[name]) for name in first)

@@ -121,7 +121,7 @@ def export_backbone(
     hold as JSON `mean` and `std` (one value a channel, of images in [0, 1]), `image_size` (height
     and width in pixels), `architecture` (timm's name) and `byol_pytorch` (the version), as far as
     they are known; arguments go before what the learner says. Values that are no tensors are left
-    out. A sharded network is gathered: call this on every rank, and rank 0 writes.
+    out. Of several processes rank 0 writes; a sharded network is gathered, so call this on all.
 
     Needs safetensors. Raises ValueError for a mean and std that do not go together, OSError as
     `save` does.
@@ -151,9 +151,9 @@ def export_backbone(
     }
     metadata = {name: json.dumps(value) for name, value in facts.items() if value is not None}
     state = net.state_dict()
-    sharded = any(hasattr(value, "full_tensor") for value in state.values())
     tensors = {name: _plain_copy(v) for name, v in state.items() if isinstance(v, Tensor)}
-    if sharded and torch.distributed.get_rank() != 0:
+    # The ranks' batch statistics may differ, so not just anyone's file may be the last.
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     with _replacing(path) as file:
         file.write(safetensors.torch.save(tensors, {"format": "pt", **metadata}))
