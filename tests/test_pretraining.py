@@ -360,10 +360,6 @@ def test_two_ranks_under_torchrun_equal_one(norm_free: Path, npz: Path, tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "two", norm_free, exactly=False)
-    losses = [
-        [line["loss"] for line in log(o) if "loss" in line] for o in (tmp_path / "two", norm_free)
-    ]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_another_number_of_processes_goes_on_in_the_same_order_and_says_so(
