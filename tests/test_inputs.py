@@ -3,7 +3,6 @@
 Each error says what came, what was expected and how to mend it; the patterns ask for all three.
 """
 
-import contextlib
 import copy
 import functools
 import math
@@ -435,11 +434,28 @@ def test_several_tensors_of_a_container_are_refused(holder, came):
         wrap(Holding(holder), 16, hidden_layer=-1)
 
 
-def test_a_hugging_face_model_that_returns_a_tuple_is_understood_or_refused():
+def test_a_hugging_face_model_that_returns_a_tuple_is_refused():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.ViTConfig(image_size=32, **sizes, return_dict=False)
-    with contextlib.suppress(ValueError):
+    with pytest.raises(ValueError, match=r"returns a tuple.*return_dict=True.*callable"):
         wrap(transformers.ViTModel(config))
+
+
+@pytest.mark.parametrize(
+    ("pool", "by_hand"),
+    [
+        ("mean", lambda out: out.last_hidden_state.mean(1)),
+        ("cls", lambda out: out.last_hidden_state[:, 0]),
+        (lambda out: out["pooler_output"], lambda out: out.pooler_output),
+    ],
+)
+def test_pool_decides_for_a_hugging_face_base_model_too(pool, by_hand):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    net = transformers.ViTModel(transformers.ViTConfig(image_size=32, **sizes)).eval()
+    images = noise(2, 3, 32, 32)
+    learner = wrap(net, pool=pool).eval()
+    got = learner.representation(images, normalise=False)
+    torch.testing.assert_close(got, by_hand(net(images)))
 
 
 # ---- inputs of every kind ------------------------------------------------------------------------

@@ -169,6 +169,12 @@ def test_second_augmentation_falls_back_to_a_given_first():
     assert calls == [1, 1]
 
 
+def test_an_empty_sequential_is_an_augmentation_and_not_none():
+    model = wrap(augment_fn=nn.Sequential())
+    images = torch.rand(4, 3, 16, 16)
+    assert all(torch.equal(view, images) for view in model.views(images))
+
+
 def test_users_augmentation_is_given_floats_between_zero_and_one():
     seen = []
     model = wrap(augment_fn=lambda x: seen.append(x) or x[..., :16, :16])

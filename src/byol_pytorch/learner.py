@@ -301,8 +301,10 @@ class BYOL(nn.Module):
                 "mean and std normalise after the default views, and augment_fn replaces those: "
                 "normalise in augment_fn, and leave mean and std out."
             )
-        self.augment_fn = augment_fn or first
-        self.augment_fn2 = augment_fn2 or augment_fn or second
+        # Not `or`: an empty nn.Sequential, the identity, is false.
+        self.augment_fn = first if augment_fn is None else augment_fn
+        fallback = second if augment_fn is None else augment_fn
+        self.augment_fn2 = fallback if augment_fn2 is None else augment_fn2
         # Users' callables are given floats in [0, 1]; the default views take uint8 as it is.
         self._scale_first = augment_fn is not None or augment_fn2 is not None
         self._default_view = first

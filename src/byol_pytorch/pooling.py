@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.probe import Channels
+from byol_pytorch.probe import Channels, tensors
 from byol_pytorch.representation import Pool
 
 
@@ -113,22 +113,30 @@ def _channel_axis(x: Tensor, channels: Channels | None, pool: str | None, what: 
 
 def hugging_face_pool(net: nn.Module, output: Any, channels: Channels | None, pool: Any) -> Pool:
     """What the classification head that transformers puts on this base model would be given."""
-    if not isinstance(output, Mapping) and not callable(pool):
+    if callable(pool):
+        return pool_for(output, channels, pool, "the network")
+    if not isinstance(output, Mapping):
         raise ValueError(
             f"The Hugging Face model returns a {type(output).__name__} instead of a ModelOutput. "
             "Give its config return_dict=True, or pool= a callable that returns (B, D)."
         )
     if pool != "auto":
-        value = output if callable(pool) else output.get("last_hidden_state", output)
-        return (
-            pool_for(value, channels, pool, "the network")
-            if not callable(pool)
-            else ByUser("the network", pool)
-        )
+        what = "the network's last_hidden_state"
+        return LastHiddenState(pool_for(output.get("last_hidden_state"), channels, pool, what))
     config: Any = net.config
     found = HuggingFacePool(config.model_type, getattr(config, "num_register_tokens", 0) or 0)
     found(output)
     return found
+
+
+@dataclass(frozen=True)
+class LastHiddenState:
+    """A pooling of this one of a ModelOutput's tensors."""
+
+    pool: Pool
+
+    def __call__(self, output: Any) -> Tensor:
+        return self.pool(output["last_hidden_state"])
 
 
 @dataclass(frozen=True)
@@ -172,8 +180,7 @@ def only_tensor(value: Any, what: str) -> Tensor:
     """The tensor that `value` is, or the only one that it holds."""
     if isinstance(value, Tensor):
         return value
-    values = list(value.values()) if isinstance(value, Mapping) else value
-    held = [x for x in values if isinstance(x, Tensor)] if isinstance(values, (tuple, list)) else []
+    held = tensors(value)
     if len(held) == 1:
         return held[0]
     names = f" ({', '.join(map(str, value))})" if isinstance(value, Mapping) else ""
