@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 TensorList = list[Tensor] | tuple[Tensor, ...]
-CACHED = 2**18  # parameters that a CPU updates at a time
+CACHED = 2**18  # parameters that a CPU updates at a time; a larger tensor comes alone
 
 
 class LARS(torch.optim.Optimizer):
@@ -212,9 +212,12 @@ def _alike(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     for p in parameters:
         assert p.grad is not None
         kind = (p.device, p.dtype, p.grad.dtype, *_sharding(p))
-        # On a CPU lists that fit its cache: whole ones cost three times as much.
-        part = held[kind] // CACHED if p.device.type == "cpu" else 0
-        held[kind] += p.numel()
+        part = 0
+        if p.device.type == "cpu":
+            # Lists that fit its cache, large tensors alone: one list would cost twice as much.
+            large = p.numel() >= CACHED
+            part = id(p) if large else held[kind] // CACHED
+            held[kind] += 0 if large else p.numel()
         lists.setdefault((kind, part), []).append(p)
     return lists.values()
 
@@ -228,11 +231,7 @@ def _trust_ratios(
 ) -> list[Tensor]:
     """coefficient |w| / |u| of each pair as 0-d tensors on the device; 1 where a norm is 0."""
     dtype = updates[0].dtype
-    each = [
-        *torch._foreach_norm(weights, 2, dtype=dtype),
-        *torch._foreach_norm(updates, 2, dtype=dtype),
-    ]
-    norms = torch.stack(each).view(2, -1)
+    norms = torch.stack([*_norms(weights, dtype), *_norms(updates, dtype)]).view(2, -1)
     mesh = getattr(example, "device_mesh", None)
     if mesh is not None:
         norms = norms.square_()
@@ -243,6 +242,15 @@ def _trust_ratios(
     of_weights, of_updates = norms
     ratios = coefficient * of_weights / of_updates
     return list(torch.where((of_weights > 0) & (of_updates > 0), ratios, 1.0).unbind())
+
+
+def _norms(tensors: TensorList, dtype: torch.dtype) -> TensorList:
+    if len(tensors) > 1:
+        return torch._foreach_norm(tensors, 2, dtype=dtype)
+    # foreach takes a norm in one thread of a CPU. What it reads and the others write next then
+    # travels between the cores, at several times the norm's cost; rows stay where they are.
+    rows = torch.linalg.vector_norm(tensors[0], dim=tuple(range(1, tensors[0].ndim)), dtype=dtype)
+    return [torch.linalg.vector_norm(rows)]
 
 
 def _local(x: Any) -> Tensor:
