@@ -1,10 +1,10 @@
-"""Backbones' weights in files of other origins: their names, and what of them may be missing.
+"""What a network says of its weights: which may be missing in a file, and what timm knows of it.
 
-Reading and writing the files themselves is checkpoint.py's.
+How other projects name them is in _layouts.py.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 CLASSIFIERS = ("fc", "head", "heads", "classifier")
 STATISTICS = (".running_mean", ".running_var")
 WEIGHTS = (".weight", ".bias")
-FACTS = ("mean", "std", "image_size", "architecture")
+FACTS = ("mean", "std", "image_size", "architecture", "padding")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, and what export_backbone wrote of mean, std, image_size and architecture.
+    """The tensors, and what export_backbone wrote beside them.
 
     Raises ValueError for a file that is no whole safetensors file.
     """
@@ -38,33 +38,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, {n: tuple(v) if isinstance(v, list) else v for n, v in facts.items()}
 
 
-def backbone_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The backbone's tensors under its own names, of what torch.save wrote.
-
-    That is a state_dict, of the network or of a learner around it, by itself or inside a training
-    state; prefixes of DDP and torch.compile go.
-    """
-    for key in ("learner", "state_dict", "model"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    weights = _below("_orig_mod.", _below("module.", weights))
-    if any(name.startswith("projector.") for name in weights):  # a learner's
-        weights = {name: value for name, value in weights.items() if name.startswith("net.")}
-        weights = _below("_orig_mod.", _below("net.", weights))
-    return weights
-
-
-def misfits(net: nn.Module, missing: Iterable[str], unexpected: Iterable[str]) -> list[str]:
+def misfits(
+    net: nn.Module, missing: Iterable[str], unexpected: Iterable[str], *, translated: bool = False
+) -> list[str]:
     """The names that say that a file is of another backbone than `net`.
 
     Those are parameters and batch statistics missing in the file, and weights of the file inside
-    the network's own children for which it has no place (a deeper variant); the classifier's are
-    not among them, nor are constant buffers.
+    the network's own children for which it has no place (a deeper variant), anywhere where the
+    names are `translated`; the classifier's are not among them, nor are constant buffers.
     """
-    heads = tuple(f"{head}." for head in _heads(net))
-    children = tuple(f"{name}." for name, _ in net.named_children())
+    heads = tuple(f"{head}." for head in (*_heads(net), *(CLASSIFIERS if translated else ())))
+    children = ("",) if translated else tuple(f"{name}." for name, _ in net.named_children())
     parameters = {name for name, _ in net.named_parameters(remove_duplicate=False)}
     untrained = [n for n in missing if n in parameters or n.endswith(STATISTICS)]
     homeless = [n for n in unexpected if n.startswith(children) and n.endswith(WEIGHTS)]
@@ -90,9 +74,3 @@ def _heads(net: nn.Module) -> tuple[str, ...]:
         return (heads,) if isinstance(heads, str) else tuple(heads or ())
     last = list(net.named_children())[-1:]
     return (*CLASSIFIERS, *(name for name, child in last if isinstance(child, nn.Linear)))
-
-
-def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    if not all(name.startswith(prefix) for name in weights):
-        return weights
-    return {name.removeprefix(prefix): value for name, value in weights.items()}

@@ -1,0 +1,181 @@
+"""How other projects name a backbone's weights, and which of those names a network has.
+
+Two tables: where the online backbone is in a training state, and how its own names differ.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from torch import Tensor
+
+NESTED = ("learner", "state_dict", "model")  # keys of training states
+WRAPPERS = ("module.", "_orig_mod.", "learner.", "model.")  # DDP, torch.compile, Lightning
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A training state: the prefix of the online backbone, and of a name beside it."""
+
+    source: str
+    prefix: str
+    beside: str
+
+
+# The first that fits counts. Sources are in tests/layouts. Of solo-learn note that its ResNet for
+# CIFAR pads the stem by 2, which no name tells.
+LAYOUTS = (
+    Layout("byol_pytorch", "net.", "projector."),
+    Layout("lucidrains byol-pytorch", "net.", "online_encoder."),
+    Layout("MMSelfSup or MMPretrain", "backbone.", "target_net."),
+    Layout("lightly", "backbone.", "projection_head."),
+    Layout("solo-learn", "backbone.", "momentum_backbone."),
+    Layout("solo-learn, older", "encoder.", "momentum_encoder."),
+    Layout("MoCo", "encoder_q.", "encoder_k."),
+    Layout("a network with a backbone", "backbone.", "backbone."),
+)
+
+# Pairs of names for the same weight; {} is the same text in both. The first that fits counts.
+Pairs = tuple[tuple[str, str], ...]
+NAMINGS: dict[str, Pairs] = {
+    # torchvision.models.vit_b_16 and timm's vit_base_patch16_224
+    "torchvision ViT": (
+        ("class_token", "cls_token"),
+        ("encoder.pos_embedding", "pos_embed"),
+        ("conv_proj.{}", "patch_embed.proj.{}"),
+        ("encoder.layers.encoder_layer_{}.ln_1.{}", "blocks.{}.norm1.{}"),
+        ("encoder.layers.encoder_layer_{}.ln_2.{}", "blocks.{}.norm2.{}"),
+        ("encoder.layers.encoder_layer_{}.self_attention.in_proj_{}", "blocks.{}.attn.qkv.{}"),
+        ("encoder.layers.encoder_layer_{}.self_attention.out_proj.{}", "blocks.{}.attn.proj.{}"),
+        ("encoder.layers.encoder_layer_{}.mlp.0.{}", "blocks.{}.mlp.fc1.{}"),
+        ("encoder.layers.encoder_layer_{}.mlp.3.{}", "blocks.{}.mlp.fc2.{}"),
+        ("encoder.layers.encoder_layer_{}.mlp.linear_1.{}", "blocks.{}.mlp.fc1.{}"),  # until 0.12
+        ("encoder.layers.encoder_layer_{}.mlp.linear_2.{}", "blocks.{}.mlp.fc2.{}"),
+        ("encoder.ln.{}", "norm.{}"),
+        ("heads.head.{}", "head.{}"),
+    ),
+    # mmpretrain.models.VisionTransformer and timm's
+    "MMPretrain ViT": (
+        ("cls_token", "cls_token"),
+        ("pos_embed", "pos_embed"),
+        ("patch_embed.projection.{}", "patch_embed.proj.{}"),
+        ("layers.{}.ln1.{}", "blocks.{}.norm1.{}"),
+        ("layers.{}.ln2.{}", "blocks.{}.norm2.{}"),
+        ("layers.{}.attn.qkv.{}", "blocks.{}.attn.qkv.{}"),
+        ("layers.{}.attn.proj.{}", "blocks.{}.attn.proj.{}"),
+        ("layers.{}.ffn.layers.0.0.{}", "blocks.{}.mlp.fc1.{}"),
+        ("layers.{}.ffn.layers.1.{}", "blocks.{}.mlp.fc2.{}"),
+        ("ln1.{}", "norm.{}"),
+    ),
+    # nn.Sequential(*list(resnet.children())[:-1]), as in lightly's examples, and the ResNet
+    "numbered ResNet": (
+        ("0.{}", "conv1.{}"),
+        ("1.{}", "bn1.{}"),
+        ("4.{}", "layer1.{}"),
+        ("5.{}", "layer2.{}"),
+        ("6.{}", "layer3.{}"),
+        ("7.{}", "layer4.{}"),
+    ),
+}
+# The names that ResNets have in torchvision, timm and MMPretrain alike
+RESNET = re.compile(
+    r"(conv1|bn1|fc|layer\d\.\d+\.(conv|bn)[123]|layer\d\.\d+\.downsample\.[01])"
+    r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file's weights under a network's names, with the file's names of them."""
+
+    source: str
+    weights: dict[str, Tensor]
+    origins: dict[str, str]
+    translated: bool = False  # by one of NAMINGS
+
+
+def find_backbone(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Found:
+    """The tensors of a file in the layout and naming in which most fit the network's `own`."""
+    for key in NESTED:
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+    candidates = [
+        Found(source, {name: tensors[origin] for name, origin in names.items()}, names, translated)
+        for source, names, translated in _candidates(tensors)
+    ]
+
+    def fits(found: Found) -> int:
+        return sum(n in own and own[n].shape == w.shape for n, w in found.weights.items())
+
+    return max(candidates, key=fits)  # of equals the first
+
+
+def exported_names(names: Iterable[str], naming: Literal["timm", "torchvision"]) -> list[str]:
+    """A ResNet's or ViT's names in timm's or torchvision's naming, in the order given.
+
+    Raises ValueError where a name has no counterpart.
+    """
+    names = list(names)
+    to_timm = NAMINGS["torchvision ViT"]
+    rules = {"timm": to_timm, "torchvision": _reversed(to_timm)}
+    renamed = [_translated(name, rules.get(naming, ())) for name in names]
+    if all(renamed):
+        return [str(new) for new in renamed]
+    back = _reversed(rules.get(naming, ()))
+    odd = [n for n in names if not (RESNET.fullmatch(n) or _translated(n, back))]
+    if naming not in rules or odd:
+        raise ValueError(
+            f"naming={naming!r}, and a network with {(odd or names)[0]}; expected 'timm' or "
+            "'torchvision', and a ResNet or ViT of theirs. Leave naming out to keep the names."
+        )
+    return names  # which they have already
+
+
+def _candidates(tensors: Iterable[str]) -> Iterator[tuple[str, dict[str, str], bool]]:
+    """Where weights may be from, the file's name of each name, and whether NAMINGS gave those."""
+    as_is = {name: name for name in tensors}
+    bare = _unwrapped(as_is)
+    known = [
+        layout
+        for layout in LAYOUTS
+        if all(any(n.startswith(p) for n in bare) for p in (layout.prefix, layout.beside))
+    ]
+    within = [(layout.source, _unwrapped(_below(layout.prefix, bare))) for layout in known[:1]]
+    for source, names in (*within, ("plain names", bare), ("plain names", as_is)):
+        yield source, names, False
+        for naming, pairs in NAMINGS.items():
+            for rules in (pairs, _reversed(pairs)):
+                renamed = {_translated(n, rules) or n: origin for n, origin in names.items()}
+                yield f"{source}, {naming}", renamed, True
+
+
+def _below(prefix: str, names: Mapping[str, str]) -> dict[str, str]:
+    return {n.removeprefix(prefix): origin for n, origin in names.items() if n.startswith(prefix)}
+
+
+def _unwrapped(names: dict[str, str]) -> dict[str, str]:
+    for prefix in WRAPPERS:
+        if names and all(name.startswith(prefix) for name in names):
+            return _unwrapped(_below(prefix, names))
+    return names
+
+
+def _reversed(pairs: Pairs) -> Pairs:
+    return tuple((two, one) for one, two in pairs)
+
+
+def _translated(name: str, pairs: Pairs) -> str | None:
+    for one, two in pairs:
+        if found := _pattern(one).fullmatch(name):
+            return two.format(*found.groups())
+    return None
+
+
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.escape(template).replace(r"\{\}", "(.+?)"))
