@@ -1,0 +1,223 @@
+"""Frozen features of a whole data set in one pass: the representation, and maps of the stages.
+
+Loaders, images and labels are the caller's. What is read of one batch is in reader.py, how rows are
+kept and gathered in _rows.py.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+from torch.utils.data.distributed import DistributedSampler
+
+from byol_pytorch.evaluation._rows import Files, Memory, Rows, agree, process
+from byol_pytorch.evaluation.reader import (
+    POOLED,
+    FeatureReader,
+    Features,
+    Model,
+    resnet_stages,
+    stage_pool,
+)
+from byol_pytorch.probe import evaluating, rebuild, tensors
+
+__all__ = ["FeatureReader", "extract_features", "resnet_stages", "shard", "stage_pool"]
+
+_FLUSH = 2**26  # bytes of features that wait on the device, so that not every batch synchronises
+
+
+@overload
+def extract_features(
+    model: Model, loader: Iterable[Any], *, stages: None = None,
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+    memmap: str | Path | None = None, progress: bool = False,
+) -> tuple[Tensor, Tensor | None]: ...  # fmt: skip
+@overload
+def extract_features(
+    model: Model, loader: Iterable[Any], *,
+    stages: Mapping[str, str], device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32, memmap: str | Path | None = None, progress: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]: ...  # fmt: skip
+@torch.no_grad()
+def extract_features(
+    model: Model,
+    loader: Iterable[Any],
+    *,
+    stages: Mapping[str, str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    memmap: str | Path | None = None,
+    progress: bool = False,
+) -> tuple[Features, Tensor | None]:
+    """The features of all images of `loader`, in its order, and their labels.
+
+    Args:
+        model: a BYOL learner, which scales and normalises as in training; any other network, of
+            which it is what BYOL(net, hidden_layer="auto") would train, found on the first batch,
+            whose images must be as the network should see them; or a callable that gives (B, D).
+            Networks run in evaluation mode, and every module is in its own mode afterwards.
+        loader: gives (images, labels), or images alone. Labels are integers (B,) or one column a
+            class (B, C).
+        stages: layers to read as well, dotted names in the network (the learner's `net`) by the
+            names that their features are to have, such as resnet_stages(net).
+        device: where the images go; None: where the network is.
+        dtype: of the forward pass: float32, or bfloat16 or float16 by autocast.
+        memmap: a folder, of this call's own, for features that memory is too small for: they are
+            written to NAME.npy there, and come back as tensors on these files. A file has its name
+            once it is whole.
+        progress: show a bar (needs tqdm).
+
+    Returns:
+        (features, labels): float32 (N, D) on the CPU, or with `stages` a dict of them: "pooled",
+        the representation, and each stage as stage_pool makes it; labels (N,) int64 or (N, C) as
+        the loader gave them, on the CPU, None where it gave none.
+
+    Under torch.distributed every process calls this, with a loader over shard(dataset), and is
+    given the features of all, each image once and in the data set's order.
+
+    Raises:
+        ValueError for a loader that gives nothing, or labels that do not go with the images, for
+        features with NaN, and for a network whose representation or stages are not to be had.
+    """
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    where = _device(model, device)
+    _check(loader, dtype)
+    rank, world = process()
+    names = [POOLED, *(stages or {})]
+    rows: dict[str, Rows] = {
+        name: Memory() if memmap is None else Files(Path(memmap) / f"{name}.npy") for name in names
+    }
+    reader: FeatureReader | None = None
+    waiting: dict[str, list[Tensor]] = {name: [] for name in names}
+    labels: list[Tensor] = []
+    count = kept = 0
+
+    def keep() -> None:
+        nonlocal kept
+        for name, parts in waiting.items():
+            found = torch.cat(parts)
+            _check_finite(found, name, kept, rank, world)
+            rows[name].add(found)
+            parts.clear()
+        kept = count
+
+    modes: AbstractContextManager[None] = nullcontext()
+    if isinstance(model, nn.Module):
+        modes = evaluating(model)
+    with modes:
+        for batch in _shown(loader, progress and rank == 0):
+            images, truth = _split(batch)
+            images = rebuild(images, iter([_moved(x, where) for x in tensors(images)]))
+            reader = reader or FeatureReader(model, images, stages)
+            kind = tensors(images)[0].device.type
+            with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+                found = reader(images)
+            by_name = found if isinstance(found, dict) else {POOLED: found}
+            here = len(by_name[POOLED])
+            labels += _labels(truth, here, count, bool(labels))
+            count += here
+            for name, x in by_name.items():
+                waiting[name].append(x.float())
+            if sum(x.nbytes for parts in waiting.values() for x in parts) > _FLUSH:
+                keep()
+        if count > kept:
+            keep()
+    counts = agree(count)
+    features = {name: rows[name].finish(counts) for name in names}
+    known = Memory(labels).finish(counts) if labels else None
+    return (features[POOLED] if stages is None else features), known
+
+
+def shard(dataset: Dataset[Any]) -> Dataset[Any]:
+    """This process's part of a data set: every so many-eth sample, and none of them twice.
+
+    DistributedSampler repeats samples to make all parts equal, which would count them twice. In a
+    single process it is the data set itself.
+    """
+    rank, world = process()
+    size = len(dataset)  # type: ignore[arg-type]
+    return dataset if world == 1 else Subset(dataset, range(rank, size, world))
+
+
+# Batches ----------------------------------------------------------------------------------------
+
+
+def _device(model: Any, device: torch.device | str | None) -> torch.device | None:
+    """Where images go; None: they stay where they are."""
+    own = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    if device is None or (own is not None and own.device.type == torch.device(device).type):
+        return None if own is None else own.device
+    if own is not None:
+        raise ValueError(
+            f"device is {device} and the network on {own.device}; expected the same. Move it: "
+            f"net.to({str(device)!r})."
+        )
+    return torch.device(device)
+
+
+def _check(loader: Iterable[Any], dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype={dtype}; expected torch.float32, bfloat16 or float16.")
+    if process()[1] > 1 and isinstance(getattr(loader, "sampler", None), DistributedSampler):
+        raise ValueError(
+            "The loader has a DistributedSampler, which repeats some samples; expected each once. "
+            "Give DataLoader(shard(dataset), ...), of byol_pytorch.evaluation.features."
+        )
+
+
+def _shown(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
+    if not progress:
+        return loader
+    from tqdm import tqdm
+
+    return tqdm(loader, "features", unit=" batches")
+
+
+def _split(batch: Any) -> tuple[Any, Any]:
+    """Images and labels, or None for these."""
+    if not isinstance(batch, (tuple, list)):
+        return batch, None
+    if len(batch) not in (1, 2):
+        raise ValueError(
+            f"The loader gives {len(batch)} things at once; expected (images, labels), or images."
+        )
+    return batch[0], batch[1] if len(batch) == 2 else None
+
+
+def _moved(x: Tensor, where: torch.device | None) -> Tensor:
+    return x if where is None else x.to(where, non_blocking=True)
+
+
+def _labels(truth: Any, count: int, start: int, before: bool) -> list[Tensor]:
+    """The labels of one batch, which the batches before had too or had not."""
+    if start and before != (truth is not None):
+        raise ValueError(
+            f"The loader gives labels with some batches only: the one from sample {start} on is "
+            "the first to differ. Expected labels with all, or with none."
+        )
+    if truth is None:
+        return []
+    labels = torch.as_tensor(truth).cpu()
+    if len(labels) != count or labels.ndim not in (1, 2):
+        raise ValueError(
+            f"The batch from sample {start} on has labels {tuple(labels.shape)} and {count} "
+            "features; expected one label, or one row, for each."
+        )
+    if labels.ndim == 1 and not labels.is_floating_point():
+        labels = labels.long()
+    return [labels]
+
+
+def _check_finite(x: Tensor, name: str, start: int, rank: int, world: int) -> None:
+    bad = ~x.isfinite().all(1)
+    if bool(bad.any()):
+        number = (start + int(bad.int().argmax())) * world + rank
+        raise ValueError(
+            f"The {name} features hold NaN or infinite values, first in sample {number} of the "
+            "loader's order. Look at that image; with float16 take bfloat16 or float32."
+        )

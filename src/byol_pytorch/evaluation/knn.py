@@ -1,0 +1,204 @@
+"""Nearest neighbours of frozen features by cosine, and the classes for which they vote.
+
+The protocol is InstDisc's (arXiv 1805.01978, section 3.4), as MMSelfSup runs it: the k nearest of a
+labelled bank vote for their class with weight exp(cosine / temperature).
+"""
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from byol_pytorch.evaluation.neighbours import Device, check_features, check_k, search
+
+K = (10, 20, 100, 200)  # MMSelfSup's kNN benchmark
+TEMPERATURE = 0.07  # arXiv 1805.01978, section 3.4
+
+_ROWS = 1024  # queries whose votes are counted at once
+_ONE_VOTE = 2.0**40  # the nearest neighbour's; integers add up to the same in any order
+
+
+@overload
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None,
+    query_labels: Tensor | None = None, *, k: Sequence[int] = K,
+    temperature: float = TEMPERATURE, top: int = 1, device: Device = None,
+) -> dict[int, float]: ...  # fmt: skip
+@overload
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None,
+    query_labels: Tensor | None = None, *, k: int,
+    temperature: float = TEMPERATURE, top: int = 1, device: Device = None,
+) -> float: ...  # fmt: skip
+@torch.no_grad()
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor | None = None,
+    query_labels: Tensor | None = None,
+    *,
+    k: int | Sequence[int] = K,
+    temperature: float = TEMPERATURE,
+    top: int = 1,
+    device: Device = None,
+) -> float | dict[int, float]:
+    """How many of the queries have their label among the `top` classes of the vote.
+
+    Arguments as for knn_predict; `query_labels` (Nq,) integers go with the queries.
+
+    Returns:
+        The part of the queries, in [0, 1]: a float for one k, else a dict from each k. A query
+        whose class the bank does not have counts as wrong.
+
+    Raises:
+        ValueError as knn_predict, and where all of the bank is one class, which would be right
+        for every query of that class and says nothing.
+    """
+    if (queries is None) != (query_labels is None):
+        raise ValueError(
+            "queries and query_labels come together; expected both, or neither to leave each "
+            "sample of the bank out in turn."
+        )
+    ks = _checked(bank, bank_labels, queries, k, temperature, top)
+    truth = bank_labels
+    if queries is not None and query_labels is not None:
+        truth = _checked_labels(query_labels, queries, "query_labels", "queries")
+    if bool((bank_labels == bank_labels[0]).all()):
+        raise ValueError(
+            f"All {len(bank)} samples of the bank have label {int(bank_labels[0])}; expected two "
+            "classes or more, for an accuracy over one says nothing."
+        )
+    ranked = _vote(bank, bank_labels, queries, ks, temperature, top, device)
+    hits = [(ranked[each] == truth.to(ranked[each])[:, None]).any(1).sum() for each in ks]
+    found = {
+        each: hit / len(truth) for each, hit in zip(ks, torch.stack(hits).tolist(), strict=True)
+    }
+    return found[k] if isinstance(k, int) else found
+
+
+@overload
+def knn_predict(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None, *, k: Sequence[int] = K,
+    temperature: float = TEMPERATURE, top: int = 1, device: Device = None,
+) -> dict[int, Tensor]: ...  # fmt: skip
+@overload
+def knn_predict(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None, *, k: int,
+    temperature: float = TEMPERATURE, top: int = 1, device: Device = None,
+) -> Tensor: ...  # fmt: skip
+@torch.no_grad()
+def knn_predict(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor | None = None,
+    *,
+    k: int | Sequence[int] = K,
+    temperature: float = TEMPERATURE,
+    top: int = 1,
+    device: Device = None,
+) -> Tensor | dict[int, Tensor]:
+    """The classes for which the k nearest of the bank vote, weighted exp(cosine / temperature).
+
+    Args:
+        bank, bank_labels: (N, D) features of any float dtype, not necessarily normalised, and
+            (N,) integers of at least 0. The bank may be larger than the device's memory, or a
+            memory-map: it passes in parts.
+        queries: (Nq, D). None: each sample of the bank is asked about all the others.
+        k: neighbours that vote. Several cost little more than the largest one.
+        top: how many classes to return.
+        device: where to work, in float32; None: where the bank is.
+
+    Returns:
+        (Nq, top) int64 on that device, the most votes first, for one k, else a dict from each k.
+        -1 stands where fewer classes have a vote. The smaller class wins equal votes, and the
+        first of the bank is nearer at equal cosines.
+
+    Raises:
+        ValueError for features or labels that do not fit, for NaN, and for k that the bank is too
+        small for.
+    """
+    ks = _checked(bank, bank_labels, queries, k, temperature, top)
+    ranked = _vote(bank, bank_labels, queries, ks, temperature, top, device)
+    return ranked[k] if isinstance(k, int) else ranked
+
+
+# The vote ---------------------------------------------------------------------------------------
+
+
+def _vote(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor | None,
+    ks: tuple[int, ...],
+    temperature: float,
+    top: int,
+    device: Device,
+) -> dict[int, Tensor]:
+    cosines, numbers = search(bank, queries, max(ks), device)
+    names, labels = bank_labels.to(cosines.device, torch.int64).unique(return_inverse=True)
+    names = torch.cat((names, names.new_tensor([-1])))
+    ranked: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for cosine, number in zip(cosines.split(_ROWS), numbers.split(_ROWS), strict=True):
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()
+        weights = (weights * _ONE_VOTE).long().clamp_(min=1)
+        voted = labels[number]
+        votes = weights.new_zeros(len(number), len(names))
+        counted = 0
+        for k in sorted(set(ks)):
+            votes.scatter_add_(1, voted[:, counted:k], weights[:, counted:k])
+            ranked[k].append(_ranked(votes, names, top))
+            counted = k
+    return {k: torch.cat(ranked[k]) for k in ks}
+
+
+def _ranked(votes: Tensor, names: Tensor, top: int) -> Tensor:
+    """The classes (B, top) with the most votes; the last of `names` where there are none left."""
+    left, found = votes.clone(), []
+    for _ in range(top):
+        most, best = left.max(dim=1)  # of equal ones the first
+        found.append(torch.where(most > 0, best, len(names) - 1))
+        left.scatter_(1, best[:, None], 0)
+    return names[torch.stack(found, dim=1)]
+
+
+# Checks -----------------------------------------------------------------------------------------
+
+
+def _checked(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor | None, k: int | Sequence[int],
+    temperature: float, top: int,
+) -> tuple[int, ...]:  # fmt: skip
+    """The ks as a tuple."""
+    ks = (k,) if isinstance(k, int) else tuple(k)
+    if not ks:
+        raise ValueError("k is empty; expected one number of neighbours or several.")
+    if not temperature > 0 or top < 1:
+        raise ValueError(
+            f"temperature={temperature} and top={top}; expected a temperature above 0, such as "
+            f"{TEMPERATURE}, and at least 1 class."
+        )
+    check_features(bank, queries)
+    for each in ks:
+        check_k(each, bank, queries)
+    _checked_labels(bank_labels, bank, "bank_labels", "bank")
+    return ks
+
+
+def _checked_labels(labels: Tensor, rows: Tensor, name: str, of: str) -> Tensor:
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            f"{name} is {tuple(labels.shape)} {labels.dtype}; expected one integer a sample, (N,). "
+            "Several labels a sample are for svm_map."
+        )
+    if len(labels) != len(rows):
+        raise ValueError(
+            f"{name} holds {len(labels)} labels and {of} {len(rows)} samples; expected as many."
+        )
+    if int(labels.min()) < 0:
+        number = int((labels < 0).int().argmax())
+        raise ValueError(
+            f"{name} holds {int(labels[number])}, first of sample {number}; expected labels of at "
+            "least 0. Leave unlabelled samples out: keep = labels >= 0."
+        )
+    return labels

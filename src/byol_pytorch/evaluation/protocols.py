@@ -1,0 +1,58 @@
+"""How linear heads are trained, by published protocol; linear.py trains them."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from byol_pytorch.optim import scaled_lr
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How heads are trained. Raises ValueError for a setting out of its range."""
+
+    epochs: int
+    batch_size: int  # images of one step, over all processes
+    base_lrs: tuple[float, ...]  # for 256 images; scaled linearly with the batch
+    optimizer: Literal["sgd", "lars"] = "sgd"  # sgd has Nesterov's momentum
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    milestones: tuple[int, ...] = ()  # epochs at which the rate falls to a tenth; none: half cosine
+    by_epoch: bool = False  # the cosine moves once an epoch, not at each step
+    batch_norm: bool = False  # per channel and without affine, before each head
+
+    def __post_init__(self) -> None:
+        counts = min(self.epochs, self.batch_size, len(self.base_lrs))
+        numbers = (*self.base_lrs, self.weight_decay, self.momentum)
+        if counts < 1 or not all(0 <= x < math.inf for x in numbers) or self.momentum >= 1:
+            raise ValueError(
+                f"{self}; expected 1 or more epochs, images and rates, rates and weight_decay of "
+                "0 or more, momentum in [0, 1)."
+            )
+
+    @property
+    def lrs(self) -> tuple[float, ...]:
+        """The learning rates themselves."""
+        return tuple(scaled_lr(lr, self.batch_size) for lr in self.base_lrs)
+
+    def factor(self, epoch: float) -> float:
+        """What the learning rates are multiplied by after `epoch` epochs, parts of one counted."""
+        if self.milestones:
+            return float(0.1 ** sum(epoch >= at for at in self.milestones))
+        done = math.floor(epoch) if self.by_epoch else epoch
+        return (1 + math.cos(math.pi * done / self.epochs)) / 2
+
+
+# arXiv 2006.07733, appendix C.1, with the one rate of byol/configs/eval.py of DeepMind's code;
+# the paper chooses among PAPER_LRS by 10009 held-out training images. Crop and flip alone.
+PAPER = Protocol(epochs=80, batch_size=1024, base_lrs=(0.2,))
+PAPER_LRS = (0.4, 0.3, 0.2, 0.1, 0.05)
+# github.com/open-mmlab/mmselfsup, configs/benchmarks/classification: imagenet/
+# resnet50_linear-8xb512-coslr-90e_in1k (SimSiam's protocol): lr 1.6 at 4096 images, the bias
+# adapted too. Its LARS takes the rate into the momentum, this one (optim.LARS) multiplies after.
+MMSELFSUP_LINEAR = Protocol(90, 4096, base_lrs=(0.1,), optimizer="lars", by_epoch=True)
+# The same place: imagenet/resnet50_mhead_linear-8xb32-steplr-90e_in1k, places205/
+# resnet50_mhead_8xb32-steplr-28e_places205, inaturalist2018/resnet50_mhead_8xb32-steplr-84e_inat18.
+MULTI_HEAD = Protocol(90, 256, (0.01,), weight_decay=1e-4, milestones=(30, 60), batch_norm=True)
+PLACES205 = replace(MULTI_HEAD, epochs=28, milestones=(7, 14, 21))
+INATURALIST = replace(MULTI_HEAD, epochs=84, milestones=(24, 48, 72))

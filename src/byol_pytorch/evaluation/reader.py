@@ -1,0 +1,196 @@
+"""What a network makes of one batch: its representation, and its stages' maps pooled to few cells.
+
+Nothing is trained or moved here, and the network is as it was between two batches.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from byol_pytorch.inputs import as_dtype
+from byol_pytorch.locate import locate
+from byol_pytorch.pooling import checked
+from byol_pytorch.probe import rebuild, tensors
+from byol_pytorch.representation import Representation, uncompiled
+
+Model = nn.Module | Callable[[Any], Tensor]
+Features = Tensor | dict[str, Tensor]
+POOLED = "pooled"  # the representation's name among the stages
+
+
+class _Pooling(NamedTuple):
+    side: int  # of the map at 224 px
+    kernel: int
+    stride: int
+    padding: int
+    cells: int  # a side
+
+
+# MMSelfSup's MultiPooling, pool_type "specified"; its "adaptive" gives as many cells.
+_PROTOCOL = {
+    "feature1": _Pooling(112, 10, 10, 4, 12),
+    "feature2": _Pooling(56, 16, 8, 0, 6),
+    "feature3": _Pooling(28, 13, 5, 0, 4),
+    "feature4": _Pooling(14, 8, 3, 0, 3),
+    "feature5": _Pooling(7, 6, 1, 0, 2),
+}
+# What these make of ResNet-50 ("around 9000 dimensions"): the most of any of its stages.
+_VALUES = 9216
+
+
+def resnet_stages(net: nn.Module) -> dict[str, str]:
+    """The layers feature1 to feature5 of a ResNet of timm or torchvision, or of a learner on one.
+
+    feature1 is the stem's activation before the max-pool, the others the four stages (MMSelfSup's
+    out_indices 0 to 4). Raises ValueError for a network without these layers.
+    """
+    root = _network(net)
+    known = [name for name, _ in root.named_children()]
+    stem = [name for name in ("act1", "relu") if name in known]
+    layers = stem[:1] + [f"layer{number}" for number in range(1, 5)]
+    if not stem or not set(layers) <= set(known):
+        raise ValueError(
+            f"{type(root).__name__} is no ResNet of timm or torchvision: its children are "
+            f"{', '.join(known) or 'none'}; expected act1 or relu, and layer1 to layer4. Name the "
+            "layers: stages={'feature4': 'stages.2', ...}."
+        )
+    return dict(zip(_PROTOCOL, layers, strict=True))
+
+
+def stage_pool(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each map (B, C, H, W) averaged over few cells and flattened: (B, C * cells * cells).
+
+    feature1 to feature5 have 12, 6, 4, 3 and 2 cells a side, by the kernels of MMSelfSup's
+    multi-head pooling where the map has the side that it has at 224 px (112, 56, 28, 14, 7), else
+    by adaptive averages. A map of another name has as many cells as keep it within 9216 values,
+    the most that this gives of ResNet-50. No map has more cells than positions.
+    """
+    return {name: _pooled_map(name, x).flatten(1) for name, x in maps.items()}
+
+
+def _pooled_map(name: str, x: Tensor) -> Tensor:
+    if x.ndim != 4:
+        raise ValueError(
+            f"The layer for {name!r} gives {tuple(x.shape)}; expected a map (B, C, H, W). Name "
+            "another layer, or pool tokens by a callable in place of the network."
+        )
+    protocol = _PROTOCOL.get(name)
+    if protocol and x.shape[-2:] == (protocol.side, protocol.side):
+        return F.avg_pool2d(x, protocol.kernel, protocol.stride, protocol.padding)
+    cells = protocol.cells if protocol else max(1, int((_VALUES / x.shape[1]) ** 0.5))
+    height, width = x.shape[-2:]
+    return F.adaptive_avg_pool2d(x, (min(cells, height), min(cells, width)))
+
+
+class FeatureReader:
+    """Reads the features of one batch as extract_features does, for loops of one's own.
+
+    Built on a first batch, of which nothing but its form matters. Calling it gives (B, D), or with
+    `stages` a dict, in the network's current mode, with gradient where that is enabled. Between
+    the calls the network is as it was. `model` and `stages` as in extract_features.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        images: Any,
+        stages: Mapping[str, str] | None = None,
+    ) -> None:
+        self.stages = None if stages is None else dict(stages)
+        self._net = _network(model) if isinstance(model, nn.Module) else None
+        self._read = model
+        if _is_learner(model):
+            learner: Any = model
+            self._read = learner.representation
+        elif isinstance(model, nn.Module) and (dtype := _dtype(model)) is not None:
+            self._read = _found(model, images, dtype)
+        self._layers = _find_layers(self._net, self.stages or {})
+
+    def __call__(self, images: Any) -> Features:
+        if self.stages is None:
+            return checked(self._read(images), "the model")
+        maps: dict[str, list[Tensor]] = {name: [] for name in self.stages}
+        with _tapped(self._layers, maps):
+            representation = checked(self._read(images), "the model")
+        for name, found in maps.items():
+            if len(found) != 1:
+                raise ValueError(
+                    f"Layer {self.stages[name]!r}, for {name!r}, ran {len(found)} times in one "
+                    "forward pass; expected once. Name another; a compiled network may have to "
+                    "be given as it was before."
+                )
+        return {POOLED: representation} | {name: found[0] for name, found in maps.items()}
+
+
+def _is_learner(model: Any) -> bool:
+    return hasattr(model, "representation") and hasattr(model, "ddp_ignored")  # its public face
+
+
+def _network(model: Any) -> nn.Module:
+    """What the names of layers are names in."""
+    return uncompiled(model.net if _is_learner(model) else model)
+
+
+@contextmanager
+def _tapped(layers: Mapping[str, nn.Module], maps: dict[str, list[Tensor]]) -> Iterator[None]:
+    def hook(name: str) -> Callable[..., None]:
+        # Pooled at once: a map is large, and the next layer may work in place.
+        return lambda module, args, out: maps[name].append(stage_pool({name: out})[name])
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _found(net: nn.Module, images: Any, dtype: torch.dtype) -> Callable[[Any], Tensor]:
+    """What BYOL would train of a network, by the same probe; two of the images are enough."""
+    some = tensors(images)
+    if any(x.dtype == torch.uint8 for x in some):
+        raise ValueError(
+            f"The loader gives uint8 images to {type(net).__name__}; expected floats, normalised "
+            "as it was trained with. Do that in the loader, or pass the BYOL learner, which does."
+        )
+
+    def in_dtype(inputs: Any) -> Any:
+        cast = torch.is_autocast_enabled(tensors(inputs)[0].device.type)
+        return inputs if cast else as_dtype(inputs, dtype)
+
+    try:
+        source = locate(net, in_dtype(rebuild(images, iter([x[:2] for x in some]))), "auto", "auto")
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Here that means: pass a callable that gives (B, D) in place of the network."
+        ) from error
+    representation = Representation(net, source.source)
+    return lambda inputs: representation(net, in_dtype(inputs))
+
+
+def _find_layers(net: nn.Module | None, stages: Mapping[str, str]) -> dict[str, nn.Module]:
+    if not stages:
+        return {}
+    if net is None or POOLED in stages:
+        raise ValueError(
+            f"stages names layers of a network, and {POOLED!r} is the representation's name. Give "
+            "a network, and other names."
+        )
+    layers = dict(net.named_modules(remove_duplicate=False))
+    for name, layer in stages.items():
+        if layer not in layers:
+            near = difflib.get_close_matches(layer, layers, n=5, cutoff=0.3) or list(layers)[1:8]
+            raise ValueError(
+                f"stages[{name!r}] is {layer!r}, which is no layer of {type(net).__name__}. "
+                f"Nearest names: {', '.join(near)}."
+            )
+    return {name: layers[layer] for name, layer in stages.items()}
+
+
+def _dtype(net: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in net.parameters() if p.is_floating_point()), None)

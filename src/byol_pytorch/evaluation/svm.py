@@ -1,0 +1,292 @@
+"""Linear SVMs on frozen features: VOC07 classification and low-shot classification.
+
+The protocol is Goyal et al., arXiv 1905.01235; its details are those of the code that made the
+published tables, facebookresearch/fair_self_supervision_benchmark (tools/svm, extra_scripts) and
+MMSelfSup's copy of it (tools/benchmarks/classification/svm_voc07). What is taken and refused is in
+_svm_input.py, the fitting in _svm_fits.py, average precision in ranking.py.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from joblib import delayed
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from byol_pytorch.evaluation._svm_fits import SVMs, fit, in_span, run, validate
+from byol_pytorch.evaluation._svm_input import (
+    Array,
+    Floats,
+    as_targets,
+    check_counts,
+    check_shots,
+    open_task,
+)
+from byol_pytorch.evaluation.ranking import Form, average_precision, check_form
+
+__all__ = [
+    "VOC07_COSTS",
+    "VOC07_SHOTS",
+    "Form",
+    "LowShotResult",
+    "SVMResult",
+    "average_precision",
+    "low_shot_map",
+    "low_shot_sample",
+    "svm_map",
+]
+
+# MMSelfSup's scripts pass 1, 10 and 100 (tools/eval_svm_full.sh, eval_svm_lowshot.sh), and their
+# parse_cost_list adds the powers of a half; in this order, in which the first of equals wins.
+# FAIR's commands add 1e-7 to 0.1 by tens (GETTING_STARTED.md).
+VOC07_COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))
+VOC07_SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
+
+
+@dataclass(frozen=True)
+class SVMResult:
+    """Of `svm_map`, for C classes and K costs. APs and accuracies are fractions in [0, 1]."""
+
+    mean_ap: float
+    ap: Floats  # (C,) on the test set
+    costs: Floats  # (C,) the chosen ones
+    validation_ap: Floats  # (C, K) the means over the folds that they were chosen by
+    top1: float | None  # by the largest decision value; None where images have several labels
+    unconverged: int  # fits that max_iter ended
+
+
+@dataclass(frozen=True)
+class LowShotResult:
+    """Of `low_shot_map`, for S shots, R samplings and K costs. APs are fractions in [0, 1]."""
+
+    shots: tuple[int, ...]
+    mean_ap: Floats  # (S,) the mean over the samplings at the best cost
+    deviation: Floats  # (S,) the population's, as the original reports it
+    costs: Floats  # (S,) the best ones
+    all_mean_ap: Floats  # (S, R, K)
+    top1: Floats | None  # (S,) mean accuracy at these costs; None where images have several labels
+    unconverged: int
+
+
+def svm_map(
+    train_features: Tensor | Array,
+    train_labels: Tensor | Array,
+    test_features: Tensor | Array,
+    test_labels: Tensor | Array,
+    *,
+    costs: Sequence[float] = VOC07_COSTS,
+    folds: int = 3,
+    metric: Form = "voc10",
+    train_on_ignored: bool = True,
+    positive_weight: float = 2.0,
+    tol: float = 1e-4,
+    max_iter: int = 2000,
+    seed: int = 0,
+    n_jobs: int = 1,
+    progress: bool = False,
+) -> SVMResult:
+    """The mean average precision of one linear SVM a class, each with the cost of its own.
+
+    Features are (N, D), each row is divided by its norm + 1e-5. Labels are (N, C) of 1 positive,
+    0 negative and -1 ignored (PASCAL's files say 1, -1 and 0 "difficult": another code), or the
+    classes (N,) of images that have one each, which are then told one from the rest.
+
+    Each SVM is liblinear's, squared hinge, dual, positives weighing twice, and its cost the one
+    whose AP (as scikit-learn's) has the highest mean over stratified folds of the training set.
+    Ignored labels count as negatives in training, as in the original, or with
+    `train_on_ignored=False` not at all; in testing never. `metric` is average_precision's form.
+
+    `n_jobs` processes (-1: one a core) fit at once; each holds a copy of N x min(N, D) features of
+    16 bytes. The result does not depend on them beyond rounding.
+
+    Raises ValueError for input that is not as above, not finite, of mismatched lengths, and for a
+    class without two positives and negatives to train on and one to test on. One ConvergenceWarning
+    counts the fits that `max_iter` ended.
+    """
+    options = _options(costs, metric, positive_weight, tol, max_iter, seed)
+    if folds < 2:
+        raise ValueError(f"folds={folds}; expected at least 2, the protocol's are 3.")
+    task = open_task(train_features, train_labels, test_features, test_labels)
+    targets = task.train_targets
+    if train_on_ignored:
+        targets = np.maximum(targets, 0)
+    check_counts(targets, "train", 2, 2)
+    _warn_of_few(targets, folds)
+    train, test = in_span(task.train, task.test)
+    classes = range(targets.shape[1])
+
+    validations = (
+        delayed(validate)(train, targets[:, c], cost, folds, options)
+        for c in classes
+        for cost in costs
+    )
+    total = len(classes) * len(costs)
+    found = list(run(validations, total, n_jobs, progress, "choosing costs"))
+    validation = np.array([ap for ap, _ in found]).reshape(len(classes), len(costs))
+    chosen = np.asarray(costs, dtype=np.float64)[validation.argmax(axis=1)]
+
+    fits = (delayed(fit)(train, targets[:, c], [chosen[c]], options) for c in classes)
+    svms: list[SVMs] = list(run(fits, len(classes), n_jobs, progress, "fitting"))
+    scores = np.hstack([svm.decide(test) for svm in svms])  # (N, C)
+    unconverged = sum(n for _, n in found) + sum(svm.unconverged for svm in svms)
+    _warn_of_unconverged(unconverged, total * folds + len(classes), max_iter)
+    ap = average_precision(task.test_targets, scores, metric)
+    top1 = None if task.test_classes is None else _accuracy(scores, task.test_classes)
+    return SVMResult(float(ap.mean()), ap, chosen, validation, top1, unconverged)
+
+
+def low_shot_map(
+    train_features: Tensor | Array,
+    train_labels: Tensor | Array,
+    test_features: Tensor | Array,
+    test_labels: Tensor | Array,
+    *,
+    shots: Sequence[int] = VOC07_SHOTS,
+    samplings: int = 5,
+    costs: Sequence[float] = VOC07_COSTS,
+    metric: Form = "voc10",
+    positive_weight: float = 2.0,
+    tol: float = 1e-4,
+    max_iter: int = 2000,
+    seed: int = 0,
+    n_jobs: int = 1,
+    progress: bool = False,
+) -> LowShotResult:
+    """`svm_map` from few samples a class, which `low_shot_sample` draws `samplings` times.
+
+    For each number of shots the cost is the one, for all classes, of the highest mean over the
+    samplings of the mAP on the test set: as published, so these are no estimates for new images.
+
+    Takes and raises what svm_map does, and ValueError where a class has fewer samples than shots.
+    """
+    options = _options(costs, metric, positive_weight, tol, max_iter, seed)
+    if not len(shots) or min(shots) < 1 or samplings < 1:
+        raise ValueError(
+            f"shots={tuple(shots)}, samplings={samplings}; expected shots of at least 1 and at "
+            "least one sampling."
+        )
+    task = open_task(train_features, train_labels, test_features, test_labels)
+    labels = task.train_targets if task.train_classes is None else task.train_classes
+    check_shots(task.train_targets, max(shots), task.train_classes is not None)
+    train, test = in_span(task.train, task.test)
+    classes = task.train_targets.shape[1]
+
+    def fits() -> Iterator[Any]:
+        for k in shots:
+            for r in range(samplings):
+                sample = low_shot_sample(labels, k, seed=(seed, r, k))
+                yield from (delayed(fit)(train, t, list(costs), options) for t in sample.T)
+
+    all_map = np.empty((len(shots), samplings, len(costs)))
+    all_top1 = np.empty_like(all_map)
+    total = len(shots) * samplings * classes
+    fitted, unconverged = run(fits(), total, n_jobs, progress, "low-shot fits"), 0
+    for place in np.ndindex(len(shots), samplings):
+        svms: list[SVMs] = [next(fitted) for _ in range(classes)]
+        unconverged += sum(svm.unconverged for svm in svms)
+        scores = np.stack([svm.decide(test) for svm in svms], axis=1)  # (N, C, K)
+        for i in range(len(costs)):
+            ap = average_precision(task.test_targets, scores[..., i], metric)
+            all_map[(*place, i)] = ap.mean()
+            if task.test_classes is not None:
+                all_top1[(*place, i)] = _accuracy(scores[..., i], task.test_classes)
+    _warn_of_unconverged(unconverged, total * len(costs), max_iter)
+
+    best = all_map.mean(axis=1).argmax(axis=1)  # (S,)
+    at_best = all_map[np.arange(len(shots)), :, best]  # (S, R)
+    top1 = all_top1[np.arange(len(shots)), :, best].mean(axis=1)
+    return LowShotResult(
+        tuple(shots),
+        at_best.mean(axis=1),
+        at_best.std(axis=1),
+        np.asarray(costs, dtype=np.float64)[best],
+        all_map,
+        None if task.test_classes is None else top1,
+        unconverged,
+    )
+
+
+def low_shot_sample(
+    labels: Tensor | Array, shots: int, *, seed: int | Sequence[int] = 0
+) -> npt.NDArray[np.int8]:
+    """(N, C) int8: the labels that were drawn, 1 or 0, and -1 elsewhere; the same for a seed.
+
+    Of labels (N, C) each class draws `shots` positives and (C - 1) * `shots` negatives for itself,
+    none of them ignored (create_voc_low_shot_samples.py). Of classes (N,) each draws `shots`
+    images, and all classes share them (create_places_low_shot_samples.py).
+
+    Raises ValueError where a class has too few.
+    """
+    targets, classes = as_targets(labels, "labels")
+    check_shots(targets, shots, classes is not None)
+    rng = np.random.default_rng(seed)
+
+    def draw(column: int, value: int, count: int) -> Array:
+        return rng.choice(np.flatnonzero(targets[:, column] == value), count, replace=False)
+
+    sample = np.full_like(targets, -1)
+    for c in range(targets.shape[1]):
+        rows = draw(c, 1, shots)
+        if classes is not None:
+            sample[rows] = targets[rows]
+        else:
+            sample[rows, c] = 1
+            sample[draw(c, 0, (targets.shape[1] - 1) * shots), c] = 0
+    return sample
+
+
+def _options(
+    costs: Sequence[float],
+    metric: str,
+    positive_weight: float,
+    tol: float,
+    max_iter: int,
+    seed: int,
+) -> dict[str, Any]:
+    """LinearSVC's, as in train_svm_kfold.py."""
+    check_form(metric)
+    numbers = (*costs, positive_weight, tol, max_iter)
+    if not len(costs) or not all(0 < number < np.inf for number in numbers):
+        raise ValueError(
+            f"costs={tuple(costs)}, positive_weight={positive_weight}, tol={tol}, max_iter="
+            f"{max_iter}; expected positive numbers, and at least one cost."
+        )
+    return {
+        "penalty": "l2",
+        "loss": "squared_hinge",
+        "dual": True,
+        "class_weight": {1: positive_weight, -1: 1.0},
+        "intercept_scaling": 1.0,
+        "tol": tol,
+        "max_iter": max_iter,
+        "random_state": seed,
+    }
+
+
+def _accuracy(scores: Floats, classes: Array) -> float:
+    return float((scores.argmax(axis=1) == classes).mean())
+
+
+def _warn_of_few(targets: Array, folds: int) -> None:
+    counts = np.minimum((targets == 1).sum(axis=0), (targets == 0).sum(axis=0))
+    few = np.flatnonzero(counts < folds)
+    if len(few):
+        warnings.warn(
+            f"{len(few)} classes, the first is {few[0]}, have fewer positive or negative samples "
+            f"than folds={folds}: the folds that lack them say nothing of these classes' costs.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_unconverged(unconverged: int, fits: int, max_iter: int) -> None:
+    if unconverged:
+        warnings.warn(
+            f"{unconverged} of {fits} SVM fits were ended by max_iter={max_iter} before they "
+            "converged, as the protocol has it; give more, or leave the highest costs out.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
