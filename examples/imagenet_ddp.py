@@ -8,6 +8,7 @@ wherever it was stopped. pretrain_data.py has the images, pretrain_watch.py the 
 
 import argparse
 import json
+import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -19,7 +20,7 @@ import numpy as np
 import timm
 import torch
 import torch.distributed as dist
-from pretrain_data import Source, TrainingImages, fail, make_loader, on_device, open_data
+from pretrain_data import Files, Source, TrainingImages, fail, make_loader, on_device, open_data
 from pretrain_state import (
     Order,
     Progress,
@@ -39,7 +40,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from byol_pytorch import BYOL, checkpoint
-from byol_pytorch.augment import PRESETS, byol_views
+from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, PRESETS, byol_views
 from byol_pytorch.optim import LARS, param_groups, scaled_decay, scaled_lr, warmup_cosine
 
 
@@ -59,6 +60,7 @@ class Recipe:
     model: str = "resnet50"  # timm's name
     model_args: dict[str, Any] = field(default_factory=dict)  # JSON, for timm.create_model
     small_stem: bool = False  # a ResNet's first layers for 32 px: 3x3, stride 1, no max-pool
+    same_padding: bool = False  # strided layers pad as TensorFlow's, which DeepMind's weights want
     freeze: str = ""  # a module that does not train
     freeze_bn: bool = False  # batch norm keeps its statistics, to go on from existing weights
     image_size: int = 224
@@ -124,13 +126,16 @@ def main(argv: list[str] | None = None) -> None:
     recipe, args = parse_arguments(argv)
     device, rank, world = join_processes(args)
     source, test = open_data(args.data)
+    check_output(args.output, source)
     plan = make_plan(recipe, args, source, device, rank, world)
-    if args.dry_run:
-        describe(build_learner(recipe, plan, args), recipe, plan, source)
-    else:
+    if not args.dry_run:
         pretrain(recipe, plan, args, source, test)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if args.dry_run and rank == 0:  # alone, on the whole learner
+        shards = world if args.fsdp else 1
+        args.fsdp = args.compile = False
+        describe(build_learner(recipe, plan, args), recipe, plan, source, shards)
 
 
 def pretrain(
@@ -139,7 +144,7 @@ def pretrain(
     device, rank, stop = plan.device, plan.rank, asked_to_stop()
     with the_only_run(args.output, rank):
         state = read_checkpoint(args.output / "last.pt", plan)
-        learner = build_learner(recipe, plan, args, resumed=state is not None)
+        learner = build_learner(recipe, plan, args, state)
         optimizer = build_optimizer(learner, recipe, plan)
         scaler = torch.amp.GradScaler(device.type, enabled=plan.amp == "fp16")
         progress = restore(state, learner, optimizer, scaler) if state else Progress()
@@ -147,7 +152,7 @@ def pretrain(
         if state:
             journal.note(progress.step, what_changed(state, plan, args))
         watch = Watch(journal, learner, source, test, progress, recipe, plan, args)
-        views = Views(recipe, plan, args, source)
+        views = Views(recipe, plan, args, source, learner.normalisation)
         if train(learner, optimizer, scaler, views, watch, progress, recipe, plan, args, stop):
             export(learner, journal, args)
         journal.close()
@@ -220,7 +225,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     hints = get_type_hints(Recipe)
     group = parser.add_argument_group("recipe", "the class Recipe says what each of these is")
     for f in fields(Recipe):
-        kind = json.loads if f.name == "model_args" else hints[f.name]
+        kind = json_object if f.name == "model_args" else hints[f.name]
         how = {"action": switch} if kind is bool else {"type": kind}
         group.add_argument("--" + f.name.replace("_", "-"), default=None, **how)
     add("--lr", type=float, help="peak learning rate itself, instead of --base-lr")
@@ -251,23 +256,36 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     return recipe, args
 
 
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        fail(f"--model-args {text} is no JSON object, such as '{{\"drop_path_rate\": 0.1}}'.")
+    return value
+
+
 def check(recipe: Recipe, args: argparse.Namespace) -> None:
     """Refuse what cannot work, as far as it shows without data and devices."""
     for name, allowed in (("optimizer", ("lars", "adamw", "sgd")), ("views", tuple(PRESETS))):
         if getattr(recipe, name) not in allowed:
             fail(f"--{name} {getattr(recipe, name)} is none of {', '.join(allowed)}.")
-    if not isinstance(recipe.model_args, dict):
-        fail("--model-args is no JSON object, such as '{\"drop_path_rate\": 0.1}'.")
     if not timm.is_model(recipe.model):
         near = ", ".join(timm.list_models(f"*{recipe.model[:6]}*")[:4])
         fail(f"--model {recipe.model} is not a model of timm. Near names: {near or 'none'}.")
+    if recipe.model_args.get("in_chans", 3) != 3:
+        fail("--model-args has in_chans, and images are read as RGB: leave it out.")
+    if args.init_from == "timm" and recipe.small_stem:
+        fail("timm has no weights for --small-stem: give --no-small-stem, or --init-from FILE.")
     given = asdict(recipe) | {k: v for k, v in vars(args).items() if v is not None}
     counts = ("epochs", "batch_size", "accumulate", "image_size", "projection_size")
     counts += ("projection_hidden_size", "steps", "save_every", "log_every", "health_every")
     counts += ("knn_images", "max_skipped", "decode_size")
-    numbers = ("seed", "workers", "lr", "base_lr", "weight_decay", "knn_every", "max_bad")
+    numbers = ("seed", "workers", "lr", "base_lr", "loss_scale", "weight_decay", "max_bad")
+    numbers += ("knn_every",)
     for names, least in ((counts, 1), (numbers, 0)):
-        low = [name for name in names if given.get(name, least) < least]
+        low = [name for name in names if not least <= given.get(name, least) < math.inf]
         if low:
             fail(f"--{low[0].replace('_', '-')} must be {least} or more.")
     if not 0 <= recipe.base_decay <= 1:
@@ -278,11 +296,14 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def join_processes(args: argparse.Namespace) -> tuple[torch.device, int, int]:
     """The device, the rank and the number of processes; torchrun's environment says which."""
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda, and torch sees no CUDA device.")
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        fail(f"--device {args.device} is no device of torch, such as cuda, cuda:1 or cpu.")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if device.index >= torch.cuda.device_count():
+            fail(f"--device {args.device}: torch sees no CUDA device number {device.index}.")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
@@ -294,6 +315,12 @@ def join_processes(args: argparse.Namespace) -> tuple[torch.device, int, int]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
     return device, dist.get_rank(), dist.get_world_size()
+
+
+def check_output(output: Path, source: Source) -> None:
+    """The picture that a run leaves would be one image more for the run that goes on."""
+    if isinstance(source, Files) and output.resolve().is_relative_to(source.folder.resolve()):
+        fail(f"--output {output} is among the images of --data {source.folder}: give another.")
 
 
 def make_plan(
@@ -314,7 +341,10 @@ def make_plan(
             f"{len(source)} images do not fill a batch of {recipe.batch_size}: lower --batch-size."
         )
     if not 0 <= recipe.warmup_epochs <= recipe.epochs:
-        fail(f"--warmup-epochs {recipe.warmup_epochs:g} is not within {recipe.epochs} epochs.")
+        fail(
+            f"--warmup-epochs {recipe.warmup_epochs:g} is not within {recipe.epochs} epochs: lower "
+            "it, or raise --epochs."
+        )
     steps = args.steps or recipe.epochs * epoch_steps
     lr = scaled_lr(recipe.base_lr, recipe.batch_size) if args.lr is None else args.lr
     usual = RECIPES[args.recipe]
@@ -342,15 +372,13 @@ def seed_of(*numbers: int) -> int:
 
 
 def build_learner(
-    recipe: Recipe, plan: Plan, args: argparse.Namespace, resumed: bool = False
+    recipe: Recipe, plan: Plan, args: argparse.Namespace, state: dict[str, Any] | None = None
 ) -> BYOL:
+    """The learner; of a resumed run with the normalisation, without the weights of `state`."""
     torch.manual_seed(args.seed)  # the same weights on every rank
     try:
-        net = make_net(recipe, pretrained=args.init_from == "timm" and not resumed)
-        if args.init_from not in (None, "timm") and not resumed:
-            report = checkpoint.load_backbone(args.init_from, net)
-            if plan.rank == 0:
-                print(f"{args.init_from}: loaded {len(report.loaded)} tensors")
+        net = make_net(recipe, pretrained=args.init_from == "timm" and not state)
+        mean, std = state["normalisation"] if state else initialise(net, plan, args)
         if recipe.freeze:
             net.get_submodule(recipe.freeze).requires_grad_(False)
         if plan.world > 1 and plan.device.type == "cuda" and args.sync_bn and not recipe.freeze_bn:
@@ -361,6 +389,8 @@ def build_learner(
             projection_size=recipe.projection_size,
             projection_hidden_size=recipe.projection_hidden_size,
             moving_average_decay=plan.decay,
+            mean=mean,
+            std=std,
             total_steps=None if recipe.constant_decay else plan.steps,
         )
     except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError, OSError) as error:
@@ -394,7 +424,20 @@ def make_net(recipe: Recipe, pretrained: bool) -> nn.Module:
     if recipe.small_stem:
         width = net.conv1.out_channels
         net.conv1, net.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
-    return net
+    return checkpoint.same_padding(net) if recipe.same_padding else net
+
+
+def initialise(net: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Load the weights of --init-from; mean and std of the images that they were trained on."""
+    mean = std = None
+    if args.init_from == "timm":
+        mean, std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
+    elif args.init_from:
+        report = checkpoint.load_backbone(args.init_from, net)
+        mean, std = report.mean, report.std
+        if plan.rank == 0:
+            print(f"{args.init_from}: loaded {len(report.loaded)} tensors")
+    return (mean, std) if mean else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def build_optimizer(learner: BYOL, recipe: Recipe, plan: Plan) -> torch.optim.Optimizer:
@@ -435,8 +478,10 @@ class Views:
     """
 
     def __init__(
-        self, recipe: Recipe, plan: Plan, args: argparse.Namespace, source: Source
-    ) -> None:
+        self, recipe: Recipe, plan: Plan, args: argparse.Namespace, source: Source,
+        normalisation: tuple[Any, Any],
+    ) -> None:  # fmt: skip
+        mean, std = normalisation
         self.recipe, self.plan, self.args = recipe, plan, args
         self.data = TrainingImages(source, recipe.image_size, args.seed, args.decode_size)
         self.shape = self.data.shape or (recipe.image_size, recipe.image_size)
@@ -444,6 +489,8 @@ class Views:
             recipe.image_size,
             recipe.views,
             crop=self.data.shape is not None,
+            mean=mean,
+            std=std,
             channels_last=args.channels_last,
         )
         self.transforms = [view.transform for view in self.pair]

@@ -11,9 +11,11 @@ import os
 import signal
 import sys
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -30,6 +32,7 @@ from torchvision import datasets
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # random resized crop: arXiv 2006.07733, appendix B
 CENTRE = 224 / 256  # the part of the short edge that an evaluation sees
 ATTEMPTS = 100  # unreadable images in a row after which the data must be gone
+TEST_FOLDERS = ("val", "valid", "validation", "test")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
 
 Bad = tuple[int, str]  # number of an image and why it could not be read
@@ -80,10 +83,10 @@ class Packed(Source):
     offsets: np.ndarray
 
     def __post_init__(self) -> None:
-        try:
-            sizes = {header_size(self, i) for i in range(min(64, len(self)))}
-        except OSError as error:
-            fail(f"the first images cannot be read: {error}")
+        sizes = set()
+        for i in range(min(64, len(self))):
+            with suppress(OSError):  # unreadable ones are counted in training
+                sizes.add(header_size(self, i))
         self.size = sizes.pop() if len(sizes) == 1 else None
 
     def read(self, index: int) -> bytes:
@@ -106,7 +109,11 @@ class Files(Source):
 
 @dataclass
 class Shards(Source):
-    """Images in uncompressed tar files of the WebDataset layout, read at their offsets."""
+    """Images in uncompressed tar files of the WebDataset layout, read at their offsets.
+
+    An index of our own, because it gives one exact global order, which a run can take up again in
+    mid-epoch and with another number of processes; the webdataset package's streams cannot.
+    """
 
     tars: list[Path]
     places: np.ndarray  # (N, 3): number of the tar file, byte offset, length
@@ -128,10 +135,17 @@ def open_data(folder: Path) -> tuple[Source, Source | None]:
     """The images to train on, and labelled ones to test on where the data set has such.
 
     By what the folder holds: train.npz; CIFAR-10, CIFAR-100, STL-10 or Imagenette as torchvision
-    unpacks them; *.tar; else image files, in train/ and val/ where there are both.
+    unpacks them; *.tar; else image files. Where there are train/ and one of val/, valid/,
+    validation/ and test/, only train/ is trained on.
     """
     if not folder.is_dir():
         fail(f"--data {folder} is not a folder.")
+    train, test = open_folder(folder)
+    check_readable(train, folder)
+    return train, test
+
+
+def open_folder(folder: Path) -> tuple[Source, Source | None]:
     if (folder / "train.npz").is_file():
         test = folder / "test.npz"
         return open_npz(folder / "train.npz"), open_npz(test) if test.is_file() else None
@@ -142,12 +156,24 @@ def open_data(folder: Path) -> tuple[Source, Source | None]:
     if packaged:
         return packaged
     folder = next(iter(sorted(folder.glob("imagenette2*/"))), folder)
-    train_folder, test_folder = folder / "train", folder / "val"
-    split = train_folder.is_dir() and test_folder.is_dir()
-    first = train_folder if split else folder
+    test_folder = next((folder / n for n in TEST_FOLDERS if (folder / n).is_dir()), None)
+    split = test_folder is not None and (folder / "train").is_dir()
+    first = folder / "train" if split else folder
     opener = open_shards if any(first.glob("*.tar")) else open_files
     train, classes = opener(first)
     return train, opener(test_folder, classes)[0] if split else None
+
+
+def check_readable(source: Source, folder: Path) -> None:
+    """End the run where nothing can be read: then something is wrong with all of it."""
+    reason: Exception | None = None
+    for index in range(0, len(source), max(1, len(source) // 64)):
+        try:
+            central_square(source.read(index), 1.0, 8)
+            return
+        except Exception as error:  # of every kind, as in training
+            reason = reason or error
+    fail(f"no image of --data {folder} can be read, such as {source.name(0)}: {reason}")
 
 
 def open_torchvision(folder: Path) -> tuple[Arrays, Arrays] | None:
@@ -165,12 +191,21 @@ def open_torchvision(folder: Path) -> tuple[Arrays, Arrays] | None:
 
 
 def open_npz(path: Path) -> Packed:
-    with np.load(path) as arrays:
-        if not {"jpeg", "offsets"} <= set(arrays.files):
-            fail(f"{path} holds {', '.join(arrays.files)}; expected jpeg, offsets and labels.")
-        data, offsets = arrays["jpeg"], arrays["offsets"].astype(np.int64)
-        none = np.full(len(offsets) - 1, -1)
-        labels = arrays["labels"].astype(np.int64) if "labels" in arrays.files else none
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        fail(f"{path} cannot be read as a .npz file: {error}")
+    if not {"jpeg", "offsets"} <= arrays.keys():
+        fail(f"{path} holds {', '.join(arrays)}; expected jpeg, offsets and labels.")
+    data, offsets = arrays["jpeg"], arrays["offsets"].astype(np.int64)
+    labels = arrays.get("labels", np.full(len(offsets) - 1, -1)).astype(np.int64)
+    if len(labels) != len(offsets) - 1 or offsets[-1] != len(data):
+        fail(
+            f"{path} has {len(data)} bytes, {len(labels)} labels and {len(offsets)} offsets, the "
+            f"last of them {offsets[-1]}; expected one offset more than labels, the last of them "
+            "the number of bytes."
+        )
     return Packed(labels, data, offsets)
 
 
@@ -186,17 +221,20 @@ def open_files(folder: Path, classes: list[str] | None = None) -> tuple[Files, l
 
 
 def list_files(folder: Path) -> np.ndarray:
-    found = [
-        os.fsencode(os.path.relpath(os.path.join(place, name), folder))
-        for place, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(ENDINGS)
-    ]
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        # Hidden ones are no images: macOS' ._1.jpg, thumbnails, notebooks' checkpoints.
+        folders[:] = (name for name in folders if not name.startswith("."))
+        found += [
+            os.fsencode(os.path.relpath(os.path.join(place, name), folder))
+            for name in names
+            if name.lower().endswith(ENDINGS) and not name.startswith(".")
+        ]
     return np.array(sorted(found))
 
 
 def open_shards(folder: Path, _: list[str] | None = None) -> tuple[Shards, list[str]]:
-    """The images of all *.tar; the number in a member's .cls is its label."""
+    """The images of all *.tar, one a sample; the number in its .cls, if any, is its label."""
     tars = sorted(folder.glob("*.tar"))
 
     def index() -> tuple[np.ndarray, np.ndarray]:
@@ -208,12 +246,15 @@ def open_shards(folder: Path, _: list[str] | None = None) -> tuple[Shards, list[
 
     places, labels = once(index)
     if not len(places):
-        fail(f"The {len(tars)} tar files in --data {folder} hold no image files.")
+        fail(f"The {len(tars)} tar files in --data {folder} hold no images such as 1.jpg or 1.png.")
     return Shards(labels, tars, places), []
 
 
 def index_shard(path: Path) -> np.ndarray:
-    """(N, 3): byte offset, length and label of each image of an uncompressed tar file."""
+    """(N, 3): byte offset, length and label of the first image of each sample of a tar file.
+
+    A sample is named by what comes before the first dot, and 1.mask.png is no image of its own.
+    """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -222,10 +263,11 @@ def index_shard(path: Path) -> np.ndarray:
                 base, _, ending = os.path.basename(member.name).partition(".")
                 key = os.path.join(os.path.dirname(member.name), base)
                 if ending == "cls":
-                    labels[key] = int(tar.extractfile(member).read())  # type: ignore[union-attr]
-                elif f".{ending.lower()}".endswith(ENDINGS):
-                    images[key] = (member.offset_data, member.size)
-    except (tarfile.TarError, ValueError) as error:
+                    text = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    labels[key] = int(text) if text.strip().isdigit() else -1
+                elif base and f".{ending.lower()}" in ENDINGS:
+                    images.setdefault(key, (member.offset_data, member.size))
+    except (tarfile.TarError, OSError) as error:
         fail(f"{path} cannot be read as an uncompressed tar file: {error}")
     rows = [(*place, labels.get(key, -1)) for key, place in images.items()]
     return np.array(rows, np.int64).reshape(-1, 3)
@@ -456,5 +498,6 @@ def header_size(source: Source, index: int) -> tuple[int, int]:
 
 
 def fail(sentence: str) -> NoReturn:
-    """End this process with one sentence, which rank 0 alone prints."""
-    raise SystemExit(f"pretraining: {sentence}" if os.environ.get("RANK", "0") == "0" else 1)
+    """End this process with one sentence, which one process of each machine prints."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    raise SystemExit(f"pretraining: {sentence}" if first else 1)

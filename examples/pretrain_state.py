@@ -179,6 +179,7 @@ def save(
         "learner": dict(whole(learner.state_dict())),
         "optimizer": {**parts, "state": whole(parts["state"])},
         "scaler": scaler.state_dict(),
+        "normalisation": learner.normalisation,
     }
     try:
         if plan.rank == 0:

@@ -25,9 +25,9 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD
+from byol_pytorch.evaluation import knn_accuracy
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # votes weighted exp(cosine / T), as in arXiv 1805.01978
+NEIGHBOURS = 20  # that vote, or as many as there are
 EVALUATION_BATCH = 256
 COLLAPSED, FALLEN = 0.2, 0.5  # of the healthy feature std, and of the run's highest so far
 SHOWN_IMAGES, HEALTH_IMAGES = 8, 256
@@ -88,13 +88,11 @@ class Journal:
         if self.active:
             tqdm.write(sentence, file=sys.stderr)
 
-    def views(self, one: Tensor, two: Tensor) -> None:
+    def views(self, one: Tensor, two: Tensor, normalisation: Any) -> None:
         """A picture of the first images' two views, one above the other."""
         if not self.active:
             return
-        mean, std = (
-            torch.tensor(v, device=one.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD)
-        )
+        mean, std = (torch.tensor(v, device=one.device).view(3, 1, 1) for v in normalisation)
         some = torch.cat([one[:SHOWN_IMAGES], two[:SHOWN_IMAGES]]).float() * std + mean
         picture = make_grid(some.clamp(0, 1).cpu(), nrow=min(SHOWN_IMAGES, len(one)))
         self._on_board("add_image", "views", picture, 0)
@@ -218,7 +216,7 @@ class Watch:
         """Before a forward pass; the very first one's views become a picture."""
         self.unread += bad
         if self.progress.step == 0 and not self.losses:
-            self.journal.views(one, two)
+            self.journal.views(one, two, self.learner.normalisation)
 
     def after(self, loss: Tensor) -> None:
         self.losses.append(loss.detach())
@@ -308,7 +306,11 @@ class Watch:
 
     def _health(self) -> None:
         progress, recipe = self.progress, self.recipe
-        figures = self.learner.diagnostics(self.sample)
+        try:
+            figures = self.learner.diagnostics(self.sample)
+        except torch.linalg.LinAlgError:  # of the singular values
+            self.journal.note(progress.step, "the projections are not finite: lower --lr")
+            return
         self.journal.figures(progress.step, figures)
         std = figures["feature_std"]
         collapsed = has_collapsed(std, progress.highest_std, recipe.projection_size)
@@ -352,7 +354,7 @@ class Neighbours:
     def __init__(self, train: Source, test: Source | None, limit: int) -> None:
         rng = np.random.default_rng(0)
         bank = rng.permutation(np.flatnonzero(train.labels >= 0))
-        if test is None:
+        if test is None or not (test.labels >= 0).any():
             test = train
             queries, bank = np.split(bank[: limit + limit // 5], [min(limit, len(bank)) // 6])
         else:
@@ -373,7 +375,10 @@ class Neighbours:
         finally:
             for module, mode in modes:
                 module.training = mode
-        return knn_accuracy(bank, labels, queries, truth)
+        try:
+            return 100 * knn_accuracy(bank, labels, queries, truth, k=min(NEIGHBOURS, len(bank)))
+        except ValueError:  # NaN, or one class left: no figure, and no end of the run
+            return math.nan
 
 
 @torch.no_grad()
@@ -403,17 +408,6 @@ def gather(mine: Tensor, world: int) -> Tensor:
     parts = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(parts, mine)
     return torch.stack(parts, dim=1).flatten(0, 1)
-
-
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
-    """Percent of queries whose class wins the vote of the 20 nearest of the bank."""
-    right, classes = 0, int(bank_labels.max()) + 1
-    for part, truth in zip(queries.split(1024), labels.split(1024), strict=True):
-        cosine, nearest = (part @ bank.T).topk(min(NEIGHBOURS, len(bank)))
-        votes = torch.zeros(len(part), classes, device=part.device)
-        votes.scatter_add_(1, bank_labels[nearest], (cosine / TEMPERATURE).exp())
-        right += int((votes.argmax(1) == truth).sum())
-    return 100 * right / max(1, len(labels))
 
 
 # Collapse ---------------------------------------------------------------------------------------
@@ -450,10 +444,8 @@ def likely_cause(
 # Before a run -----------------------------------------------------------------------------------
 
 
-def describe(learner: Any, recipe: Any, plan: Any, source: Source) -> None:
-    """What --dry-run prints, on rank 0."""
-    if plan.rank:
-        return
+def describe(learner: Any, recipe: Any, plan: Any, source: Source, shards: int) -> None:
+    """What --dry-run prints; the weights of a run are split into `shards` parts."""
     for name, value in plan.identity.items():
         print(f"{name.replace('_', '-'):24} {value}")
     share = upsampled_share(source, recipe.image_size, plan.identity["decode_size"])
@@ -464,11 +456,11 @@ def describe(learner: Any, recipe: Any, plan: Any, source: Source) -> None:
         f"learning rate {plan.lr:g} after {plan.warmup_steps} steps of warm-up, "
         f"EMA decay {plan.decay:g}{'' if recipe.constant_decay else ' rising to 1'}\n"
         f"{100 * share:.0f} % of the views are enlarged from fewer pixels than they have\n"
-        f"memory: about {estimated_gib(learner, recipe, plan):.2f} GiB a process"
+        f"memory: about {estimated_gib(learner, recipe, plan, shards):.2f} GiB a process"
     )
 
 
-def estimated_gib(learner: Any, recipe: Any, plan: Any) -> float:
+def estimated_gib(learner: Any, recipe: Any, plan: Any, shards: int) -> float:
     """Weights and what belongs to them, and what a backward pass of both views keeps, which is
     measured with two images."""
     kept: dict[int, int] = {}
@@ -489,4 +481,4 @@ def estimated_gib(learner: Any, recipe: Any, plan: Any) -> float:
     states = 2 if recipe.optimizer == "adamw" else 1
     # Of what trains: gradient, optimizer's state, and the copies that undo a step.
     copies = (2 + 2 * states) * sum(p.nbytes for p in weights if p.requires_grad)
-    return (own + copies + sum(kept.values()) / len(one) * plan.images) / 2**30
+    return ((own + copies) / shards + sum(kept.values()) / len(one) * plan.images) / 2**30

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from byol_pytorch import BYOL, checkpoint
 from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, ViewAugmentation, byol_views
+from byol_pytorch.evaluation.knn import knn_accuracy
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Recipe:
 
 RECIPE = Recipe()
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # kNN with weights exp(cosine / T), as in arXiv 1805.01978
+NEIGHBOURS = 20  # that vote, or as many as there are
 FEW_LABELS, DRAWS = 5, 10  # labels a class, and random choices of them to average over
 HEALTH_EVERY, HEALTH_BATCH = 25, 128
 PIXEL_MEAN, PIXEL_STD = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -378,24 +379,18 @@ def knn_figures(features: tuple[Tensor, Tensor], pictures: Pictures) -> dict[str
         chosen = torch.cat(
             [order[labels[order] == c][:FEW_LABELS] for c in range(len(pictures.classes))]
         )
-        few.append(knn_accuracy(bank[chosen], labels[chosen], queries, pictures.test_labels))
+        few.append(vote(bank[chosen], labels[chosen], queries, pictures.test_labels))
     known = labels >= 0
     return {
         "few": sum(few) / DRAWS,
-        "all": knn_accuracy(bank[known], labels[known], queries, pictures.test_labels),
+        "all": vote(bank[known], labels[known], queries, pictures.test_labels),
     }
 
 
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
-    """Percent of queries whose class wins the vote of the nearest of the bank (fewer than 20 where
-    the bank is smaller), each vote weighted exp(cosine / 0.07)."""
-    bank, right = F.normalize(bank), 0
-    for part, truth in zip(F.normalize(queries).split(512), labels.split(512), strict=True):
-        cosine, nearest = (part @ bank.T).topk(min(NEIGHBOURS, len(bank)))
-        votes = torch.zeros(len(part), int(bank_labels.max()) + 1)
-        votes.scatter_add_(1, bank_labels[nearest], (cosine / TEMPERATURE).exp())
-        right += int((votes.argmax(1) == truth).sum())
-    return 100 * right / len(labels)
+def vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
+    """Percent of queries whose class wins the vote of the nearest of the bank."""
+    k = min(NEIGHBOURS, len(bank))
+    return 100 * knn_accuracy(bank, bank_labels, queries, labels, k=k)
 
 
 def describe_backbone(args: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,398 @@
+"""Where examples/imagenet_ddp.py's images come from: kinds of data, order, crops, broken files."""
+
+import hashlib
+import io
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pretraining_helpers import (
+    TINY,
+    Job,
+    assert_same,
+    encoded,
+    log,
+    notes,
+    pretrain_data,
+    pretrain_state,
+    run_here,
+    write_folder,
+    write_npz,
+)
+from torchvision.transforms import RandomResizedCrop, v2
+
+pytestmark = pytest.mark.xdist_group("pretraining data")
+
+STL_IMAGES = {"train": 6, "unlabeled": 7, "test": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("images"))
+
+
+# The kinds of data --------------------------------------------------------------------------------
+
+
+def test_class_folders_splits_and_flat_folders_are_told_apart(tmp_path: Path) -> None:
+    write_folder(tmp_path / "split" / "train", 6, classes=3)
+    write_folder(tmp_path / "split" / "val", 4)
+    train, test = pretrain_data.open_data(tmp_path / "split")
+    assert sorted(train.labels) == [0, 0, 1, 1, 2, 2]
+    assert test is not None and sorted(test.labels) == [0, 0, 1, 1]
+    flat, nothing = pretrain_data.open_data(tmp_path / "split" / "train" / "class0")
+    assert nothing is None and list(flat.labels) == [-1, -1]
+    assert pretrain_data.open_data(tmp_path / "split" / "train")[1] is None
+
+
+def test_imagenette_is_found_in_the_folder_that_torchvision_unpacks(tmp_path: Path) -> None:
+    write_folder(tmp_path / "imagenette2-160" / "train", 6)
+    write_folder(tmp_path / "imagenette2-160" / "val", 4)
+    train, test = pretrain_data.open_data(tmp_path)
+    assert (len(train), len(test or ())) == (6, 4)
+
+
+def checked(files: list[Path]) -> list[list[str]]:
+    """As torchvision lists the files that it expects, with their sums."""
+    return [[file.name, hashlib.md5(file.read_bytes()).hexdigest()] for file in files]
+
+
+def pickled(file: Path, content: dict[str, Any]) -> Path:
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(pickle.dumps(content))
+    return file
+
+
+def write_cifar(place: Path, kind: str, patch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the labels of 10 training images; 4 more are there to test on."""
+    rng, base = np.random.default_rng(0), getattr(pretrain_data.datasets, kind)
+    parts = ["train"] if kind == "CIFAR100" else [f"data_batch_{i}" for i in range(1, 6)]
+    label = "fine_labels" if kind == "CIFAR100" else "labels"
+    rows = rng.integers(0, 256, (14, 3072), np.uint8)
+    labels = rng.integers(0, 10, 14)
+    indices = [*np.array_split(np.arange(10), len(parts)), np.arange(10, 14)]
+    names = [*parts, "test" if kind == "CIFAR100" else "test_batch"]
+    (place / base.base_folder).mkdir(parents=True)
+    files = [
+        pickled(place / base.base_folder / n, {"data": rows[i], label: labels[i].tolist()})
+        for n, i in zip(names, indices, strict=True)
+    ]
+    described = place / base.base_folder / base.meta["filename"]
+    pickled(described, {base.meta["key"]: [f"class {i}" for i in range(10)]})
+    patch.setattr(base, "train_list", checked(files[:-1]))
+    patch.setattr(base, "test_list", checked(files[-1:]))
+    patch.setattr(base, "meta", {**base.meta, "md5": checked([described])[0][1]})
+    return rows[:10], labels[:10]
+
+
+def trains_two_steps(data: Path, output: Path) -> bool:
+    command = ("--data", data, *TINY, "--batch-size", 4, "--steps", 2, "--warmup-epochs", 0)
+    run_here(output, *command)
+    return [line["step"] for line in log(output) if "loss" in line] == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["CIFAR10", "CIFAR100"])
+def test_cifar_is_read_as_torchvision_reads_it(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, labels = write_cifar(tmp_path / "data", kind, monkeypatch)
+    train, test = pretrain_data.open_data(tmp_path / "data")
+    assert train.size == (32, 32)
+    assert train.labels.tolist() == labels.tolist()
+    assert test is not None and len(test) == 4
+    assert all(np.array_equal(train.read(i), rows[i].reshape(3, 32, 32)) for i in range(10))
+    views, bad = pretrain_data.TrainingImages(train, 32, 0)[pretrain_data.Request(0, np.arange(4))]
+    assert not bad and torch.equal(views[0][3], train.read(3))
+    assert trains_two_steps(tmp_path / "data", tmp_path / "run")
+
+
+def test_stl10_whose_files_are_damaged_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "stl10_binary").mkdir()
+    (tmp_path / "stl10_binary" / "train_X.bin").write_bytes(b"")
+    with pytest.raises(SystemExit, match="not found or corrupted"):
+        pretrain_data.open_data(tmp_path)
+
+
+def test_stl10_trains_on_its_unlabelled_images_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, binary = np.random.default_rng(0), tmp_path / "data" / "stl10_binary"
+    binary.mkdir(parents=True)
+    pixels = {n: rng.integers(0, 256, (c, 3, 96, 96), np.uint8) for n, c in STL_IMAGES.items()}
+    for name, images in pixels.items():
+        images.transpose(0, 1, 3, 2).tofile(binary / f"{name}_X.bin")  # columns first
+        if name != "unlabeled":
+            (np.arange(len(images), dtype=np.uint8) % 10 + 1).tofile(binary / f"{name}_y.bin")
+    names = [["train_X", "train_y", "unlabeled_X"], ["test_X", "test_y"]]
+    for attribute, of_it in zip(("train_list", "test_list"), names, strict=True):
+        files = [binary / f"{name}.bin" for name in of_it]
+        monkeypatch.setattr(pretrain_data.datasets.STL10, attribute, checked(files))
+    train, test = pretrain_data.open_data(tmp_path / "data")
+    assert train.labels.tolist() == [0, 1, 2, 3, 4, 5] + [-1] * 7
+    assert test is not None and test.labels.tolist() == [0, 1, 2]
+    assert np.array_equal(train.read(1), pixels["train"][1])
+    assert np.array_equal(train.read(8), pixels["unlabeled"][2])
+    assert trains_two_steps(tmp_path / "data", tmp_path / "run")
+
+
+def test_imagenette_has_torchvisions_images_and_labels(tmp_path: Path) -> None:
+    rng, data = np.random.default_rng(0), tmp_path / "data"
+    for split, count in (("train", 2), ("val", 1)):
+        for name in ("n01440764", "n02102040", "n03888257"):
+            for i in range(count):
+                file = data / "imagenette2-160" / split / name / f"{name}_{i}.JPEG"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(encoded(rng, 40, 50))
+    for split, source in zip(("train", "val"), pretrain_data.open_data(data), strict=True):
+        theirs = pretrain_data.datasets.Imagenette(data, split, "160px")
+        assert source is not None and len(source) == len(theirs)
+        for i, (image, label) in enumerate(theirs):
+            shown = pretrain_data.pixels(pretrain_data.open_image(source.read(i)))
+            assert np.array_equal(shown.permute(1, 2, 0), np.asarray(image))
+            assert source.labels[i] == label
+    assert trains_two_steps(data, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_images_to_test_on_are_not_trained_on(name: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", 6)
+    write_folder(tmp_path / name, 4)
+    train, test = pretrain_data.open_data(tmp_path)
+    assert (len(train), len(test or ())) == (6, 4)
+    assert sorted(train.labels) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_class_that_is_called_train_is_a_class(tmp_path: Path) -> None:
+    for name in ("bus", "train"):
+        write_folder(tmp_path / name, 2, classes=1)
+    train, test = pretrain_data.open_data(tmp_path)
+    assert test is None and sorted(train.labels) == [0, 0, 1, 1]
+
+
+def test_neighbours_come_from_the_training_images_where_the_others_have_no_labels(
+    tmp_path: Path,
+) -> None:
+    write_folder(tmp_path / "data" / "train")
+    flat = tmp_path / "data" / "val"
+    write_folder(flat, 4, classes=1)
+    for file in (flat / "class0").iterdir():
+        file.rename(flat / file.name)
+    (flat / "class0").rmdir()
+    run_here(tmp_path / "run", "--data", tmp_path / "data", *TINY, "--steps", 1, "--knn-every", 1)
+    assert len([line for line in log(tmp_path / "run") if "knn_accuracy" in line]) == 2
+
+
+def test_hidden_files_and_folders_are_no_images(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    (tmp_path / "data" / "class0" / "._0.jpg").write_bytes(b"\0\5\x16\7")
+    write_folder(tmp_path / "data" / ".thumbnails", 3)
+    plain, hidden = (pretrain_data.open_data(place)[0] for place in (folder, tmp_path / "data"))
+    assert hidden.fingerprint() == plain.fingerprint()
+
+
+def test_an_unreadable_image_at_the_start_of_a_npz_is_one_of_many(tmp_path: Path) -> None:
+    arrays = dict(np.load(write_npz(tmp_path / "data") / "train.npz"))
+    arrays["jpeg"][: arrays["offsets"][1]] = 0
+    np.savez(tmp_path / "data" / "train.npz", **arrays)
+    command = ("--data", tmp_path / "data", *TINY, "--steps", 3, "--max-bad", 0.1)
+    run_here(tmp_path / "run", *command)
+    assert [line["bad"] for line in log(tmp_path / "run") if "bad" in line] == ["image 0"]
+
+
+def test_webdatasets_own_shards_hold_the_same_samples(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    rng, kinds = np.random.default_rng(0), {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+    data = tmp_path / "data"
+    data.mkdir()
+    with webdataset.ShardWriter(str(data / "%06d.tar"), maxcount=5, verbose=0) as writer:
+        for i in range(12):
+            ending = [*kinds][i % 3]
+            sample = {
+                "__key__": f"part{i // 6}/{i:04d}",
+                ending: encoded(rng, 40, 50, kinds[ending]),
+            }
+            sample |= {"json": {"width": 50}, "mask.png": encoded(rng, 40, 50, "PNG")}
+            writer.write(sample if i == 11 else sample | {"cls": i % 4})
+    shards = [str(file) for file in sorted(data.glob("*.tar"))]
+    assert len(shards) == 3
+    theirs = list(webdataset.WebDataset(shards, shardshuffle=False))
+    source, _ = pretrain_data.open_data(data)
+    assert len(source) == len(theirs) == 12
+    for i, sample in enumerate(theirs):
+        assert source.read(i) == next(sample[ending] for ending in kinds if ending in sample)
+        assert source.labels[i] == int(sample.get("cls", -1))
+    assert trains_two_steps(data, tmp_path / "run")
+
+
+def test_a_sample_of_a_shard_is_its_first_image_and_hidden_members_are_none(
+    tmp_path: Path,
+) -> None:
+    members = {
+        "a.jpg": b"first", "a.mask.png": b"mask", "a.png": b"second", "a.cls": b"cat",
+        "._b.jpg": b"of macOS", "b.JPEG": b"other", "b.cls": b" 7\n",
+    }  # fmt: skip
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    source, _ = pretrain_data.open_shards(tmp_path)
+    assert [source.read(i) for i in range(len(source))] == [b"first", b"other"]
+    assert source.labels.tolist() == [-1, 7]
+
+
+def test_tar_shards_hold_the_same_images_and_keep_neighbours_together(tmp_path: Path) -> None:
+    rng, expected = np.random.default_rng(0), []
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(4):
+                data = encoded(rng, 40, 50)
+                expected.append((data, i))
+                for ending, content in (("cls", str(i).encode()), ("jpg", data)):
+                    member = tarfile.TarInfo(f"sample/{shard}_{i}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    source, _ = pretrain_data.open_data(tmp_path)
+    assert [(source.read(i), source.labels[i]) for i in range(len(source))] == expected
+    order = pretrain_state.epoch_order(source, 0, 0)
+    assert sorted(order) == list(range(12))
+    assert not np.array_equal(order, pretrain_state.epoch_order(source, 0, 1))
+
+
+# The order ----------------------------------------------------------------------------------------
+
+
+def test_the_order_is_a_permutation_an_epoch_that_all_layouts_share(folder: Path) -> None:
+    source, _ = pretrain_data.open_data(folder)
+
+    def order(world: int, accumulate: int, start: int = 0) -> list[list[int]]:
+        ranks = [
+            list(pretrain_state.Order(source, 1, 8, accumulate, rank, world, start, 6))
+            for rank in range(world)
+        ]
+        steps = []
+        for step in range(6 - start):
+            parts = [r.images for rank in ranks for r in rank[step * accumulate :][:accumulate]]
+            steps.append(np.concatenate(parts).tolist())
+        return steps
+
+    alone = order(1, 1)
+    epochs = [np.concatenate(steps) for steps in (alone[:3], alone[3:])]
+    assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
+    assert not np.array_equal(*epochs)
+    assert order(2, 1) == order(1, 4) == order(2, 2) == order(4, 2) == alone
+    assert order(2, 1, start=4) == alone[4:]
+
+
+# Unreadable images --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = write_folder(tmp_path_factory.mktemp("broken"))
+    (data / "class0" / "0.jpg").write_bytes(b"no image")
+    whole = (data / "class1" / "1.jpg").read_bytes()
+    (data / "class1" / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.zeros((40, 40), np.uint16)).save(data / "class1" / "deep.png")
+    return data
+
+
+def test_unreadable_images_are_named_once_and_replaced_alike(broken: Path, tmp_path: Path) -> None:
+    command = ("--data", broken, *TINY, "--max-bad", 0.2, "--steps", 8)
+    for name, workers in (("one", 0), ("two", 2)):
+        Job(tmp_path / name, *command, "--workers", workers).ends_well()
+    named = sorted(Path(line["bad"]).name for line in log(tmp_path / "one") if "bad" in line)
+    assert named == ["0.jpg", "1.jpg", "deep.png"]
+    assert "8 bits a channel" in notes(tmp_path / "one")
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+def test_too_many_unreadable_images_end_the_run_with_its_state_saved(
+    broken: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=r"of 25 images cannot be read, and --max-bad is 0.01"):
+        run_here(tmp_path, "--data", broken, *TINY)
+    assert (tmp_path / "last.pt").exists()
+    assert not (tmp_path / "backbone.safetensors").exists()
+
+
+def test_data_that_is_gone_ends_the_run(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data")
+    source, _ = pretrain_data.open_data(data)
+    for file in data.rglob("*.jpg"):
+        file.unlink()
+    images = pretrain_data.TrainingImages(source, 32, 0)
+    with pytest.raises(RuntimeError, match=r"100 images in a row .*\.jpg: FileNotFoundError"):
+        images[pretrain_data.Request(0, np.arange(2))]
+
+
+# Crops --------------------------------------------------------------------------------------------
+
+
+def test_crop_boxes_have_torchvisions_distribution() -> None:
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    image = torch.empty(3, 60, 200)
+    ours = np.array([pretrain_data.draw_box(rng, 60, 200) for _ in range(4000)])
+    scale, ratio = [0.08, 1.0], [3 / 4, 4 / 3]
+    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(4000)])
+    for column in range(4):
+        both = np.sort(ours[:, column]), np.sort(theirs[:, column])
+        grid = np.arange(201)
+        shares = [np.searchsorted(values, grid, side="right") / 4000 for values in both]
+        assert np.abs(shares[0] - shares[1]).max() < 0.045  # Kolmogorov-Smirnov, p = 0.001
+    assert pretrain_data.draw_box(rng, 10, 1000)[2:] == (10, 13)  # nothing fits: the centre
+
+
+def test_the_two_crops_are_those_of_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    boxes = [(3, 5, 70, 60), (0, 0, 20, 24)]
+    draws = iter(boxes * 2)
+    monkeypatch.setattr(pretrain_data, "draw_box", lambda *_: next(draws))
+    data = encoded(rng, 90, 110, "PNG")
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+    views = pretrain_data.two_crops(data, 32, rng)
+    for view, box in zip(views, boxes, strict=True):
+        expected = v2.functional.resized_crop(
+            pixels, *box, [32, 32], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        )
+        assert (view.int() - expected.int()).abs().max() <= 1
+
+
+def test_a_large_jpeg_is_decoded_smaller_only_where_both_crops_allow_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng, asked = np.random.default_rng(1), []
+    monkeypatch.setattr(
+        "PIL.JpegImagePlugin.JpegImageFile.draft",
+        lambda self, mode, size: asked.append(size),
+    )
+    data = encoded(rng, 400, 600)
+    for boxes, expected in (
+        ([(0, 0, 300, 300), (10, 10, 200, 150)], [(300, 200)]),  # 150 // 64 = 2: a half
+        ([(0, 0, 300, 300), (10, 10, 120, 300)], []),  # 120 < 2 x 64
+    ):
+        asked.clear()
+        draws = iter(boxes)
+        monkeypatch.setattr(pretrain_data, "draw_box", lambda *_, draws=draws: next(draws))
+        pretrain_data.two_crops(data, 32, rng)
+        assert asked == expected
+
+
+def test_crops_of_a_reduced_jpeg_show_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    data = encoded(rng, 400, 600)
+    pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
+    box = (37, 101, 311, 243)
+    monkeypatch.setattr(pretrain_data, "draw_box", lambda *_: box)
+    for view in pretrain_data.two_crops(data, 32, rng):
+        expected = v2.functional.resized_crop(
+            pixels, *box, [32, 32], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+        )
+        assert (view.float() - expected.float()).abs().mean() < 1.5
