@@ -29,7 +29,9 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch):
                         ("MASTER_PORT", "0")):  # fmt: skip
         monkeypatch.setenv(name, value)
     images = torch.randint(0, 256, (4, 3, 72, 80), dtype=torch.uint8)
-    names: dict[str, object] = {"loader": [images] * 2, "images": images}
+    labelled = [(images, torch.tensor([0, 1, 0, 1]))] * 6
+    loader = torch.utils.data.DataLoader(list(images) * 2, batch_size=4)  # type: ignore[arg-type]
+    names: dict[str, object] = {"loader": loader, "images": images, "labelled": labelled}
     found = blocks("python")
     assert len(found) >= 8
     for code in found:
