@@ -19,11 +19,11 @@ import resource
 import statistics
 import sys
 import time
-import traceback
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import timm
 import torch
 from step_contestants import (
     FLOOR,
@@ -59,6 +59,7 @@ class Row:
 
 def main() -> None:
     args = parse_arguments()
+    torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
     print(describe(args))
     contestants = [FLOOR, OURS_READY, OURS]
@@ -100,7 +101,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast; default: bfloat16 on a GPU")
     add("--channels-last", action=argparse.BooleanOptionalAction, help="default: on a GPU")
     add("--compile", action="store_true", help="the whole learner; of the others the backbones")
-    add("--steps", type=int, default=15, help="timed steps of each; default: %(default)s")
+    add(
+        "--steps",
+        type=int,
+        default=15,
+        help=f"timed steps of each, in turns of {TURN}; default: %(default)s",
+    )
     add(
         "--clock",
         choices=["wall", "cpu"],
@@ -122,8 +128,16 @@ def parse_arguments() -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}; expected a number of at least 1")
+    if big and not gpu:
+        parser.error(f"--device {args.device}, but torch finds no GPU here; use --device cpu")
+    if not timm.is_model(args.model):
+        parser.error(f"--model {args.model} is unknown to timm; see timm.list_models()")
     if args.peers and not peer_file(args).is_file():
         parser.error(f"{peer_file(args)} is not there; see the second line of --help")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     return args
 
 
@@ -152,11 +166,15 @@ def start(name: str, args: argparse.Namespace) -> Connection | None:
     here, there = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     context.Process(target=serve, args=(there, name, args), daemon=True).start()
-    trouble = here.recv()
+    there.close()  # the process holds it; its end is noticed so
+    try:
+        trouble = here.recv()
+    except EOFError:
+        trouble = "its process was ended, perhaps for want of memory"
     if trouble and name in (FLOOR, OURS, OURS_READY):
-        sys.exit(trouble)
+        sys.exit(f"{name} failed: {trouble}")
     if trouble:
-        print(f"{name} is left out: {trouble.strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"{name} is left out: {trouble}", file=sys.stderr)
         return None
     return here
 
@@ -170,8 +188,8 @@ def serve(parent: Connection, name: str, args: argparse.Namespace) -> None:
     try:
         step = build(name, args)
         step()
-    except Exception:
-        parent.send(traceback.format_exc())
+    except Exception as error:
+        parent.send(f"{type(error).__name__}: {error}")
         return
     parent.send("")
     while parent.recv() == "turn":
