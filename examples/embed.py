@@ -1,0 +1,243 @@
+"""Embeddings of a folder of images, and which of them look alike.
+
+    python examples/embed.py --data FOLDER --model resnet50 --checkpoint timm
+    python examples/embed.py --data FOLDER --checkpoint FILE --query a.jpg b.jpg
+    python examples/embed.py --data FOLDER --checkpoint FILE --duplicates 0.95
+
+Nothing is trained. Leaves in OUTPUT: embeddings.npy (N, D) float32 and paths.txt, line by line the
+images of its rows; a table (results.md, results.json) and a picture (neighbours.png) of the nearest
+neighbours of the queries, by default of some images drawn by --seed, or of the pairs that are
+nearly the same.
+"""
+
+import argparse
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from evaluation_parts import (
+    DTYPES,
+    Cell,
+    Facts,
+    Transform,
+    check_common,
+    common_flags,
+    evaluation_transform,
+    fail,
+    image_loader,
+    open_backbone,
+    tell,
+    write_results,
+    write_whole,
+)
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+from pretrain_data import CENTRE, Source, open_data, open_image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from byol_pytorch.evaluation.features import extract_features
+from byol_pytorch.evaluation.neighbours import nearest_neighbours
+
+QUERIES = 6  # drawn where none is given
+SHOWN_PAIRS = 12  # in the picture; the table has them all
+TILE = 112  # pixels of an image in the picture
+
+
+@dataclass
+class Readable(Dataset[tuple[Tensor, int]]):
+    """Every image as `transform` makes it, and 1; zeros and 0 where it cannot be read."""
+
+    source: Source
+    transform: Transform
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            return self.transform(picture(self.source, index)), 1
+        except Exception:  # PIL's readers raise of every kind on a broken file
+            return torch.zeros(3, self.size, self.size), 0
+
+
+@dataclass
+class Answer:
+    """A table, and rows of images with their captions."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    groups: list[list[int]]  # rows of the embeddings
+    captions: list[list[str]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    check_common(args)
+    source = open_data(args.data)[0]
+    queries = numbers(args, source)
+    net, facts = open_backbone(args)
+    found, kept = embed(net, source, facts, args)
+    names = [source.name(i) for i in kept]
+    np.save(args.output / "embeddings.tmp.npy", found.numpy())
+    (args.output / "embeddings.tmp.npy").replace(args.output / "embeddings.npy")
+    write_whole(args.output / "paths.txt", "".join(f"{name}\n" for name in names))
+    if args.duplicates:
+        answer = alike(found, names, args.duplicates)
+    else:
+        row = {number: i for i, number in enumerate(kept)}
+        unreadable = [source.name(q) for q in queries if q not in row]
+        if args.query and unreadable:
+            fail(f"--query {unreadable[0]} cannot be read as an image.")
+        answer = nearest(found, names, [row[q] for q in queries if q in row], args.k)
+    write_results(args, answer.title, answer.columns, answer.rows, facts)
+    if answer.groups:
+        draw(args.output / "neighbours.png", source, kept, answer)
+    tell(f"{len(names)} embeddings of {found.shape[1]} values and the picture are in {args.output}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    common_flags(parser, batch_size=64)
+    add = parser.add_argument
+    add("--query", nargs="+", metavar="FILE", help="images of the folder whose like is looked for")
+    add("--k", type=int, default=7, help="neighbours of each query (default: %(default)s)")
+    add("--duplicates", type=float, metavar="COSINE",
+        help="list the pairs at such a cosine or a greater one instead, such as 0.95")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.k < 1:
+        fail(f"--k {args.k}; expected 1 or more.")
+    if args.duplicates is not None and not 0 < args.duplicates <= 1:
+        fail(f"--duplicates {args.duplicates:g}; expected a cosine above 0 and up to 1.")
+    if args.query and args.duplicates:
+        fail("--query and --duplicates ask different questions: give one of them.")
+    return args
+
+
+def numbers(args: argparse.Namespace, source: Source) -> list[int]:
+    """Of the queries in the data."""
+    if args.duplicates:
+        return []
+    if not args.query:
+        drawn = np.random.default_rng(args.seed).permutation(len(source))
+        return [int(i) for i in drawn[:QUERIES]]
+    by_name = {source.name(i): i for i in range(len(source))}
+    found = []
+    for query in args.query:
+        inside = Path(query).resolve()
+        known = inside.is_relative_to(args.data.resolve())
+        name = str(inside.relative_to(args.data.resolve())) if known else query
+        if query not in by_name and name not in by_name:
+            fail(f"--query {query} is not among the {len(by_name)} images of {args.data}. Give a "
+                 f"path in that folder, such as {next(iter(by_name))}.")  # fmt: skip
+        found.append(by_name.get(query, by_name.get(name, -1)))
+    return found
+
+
+def embed(
+    net: torch.nn.Module, source: Source, facts: Facts, args: argparse.Namespace
+) -> tuple[Tensor, list[int]]:
+    """Embeddings (N, D) of the images that can be read, and their numbers."""
+    whole = source.size is not None
+    images = Readable(
+        source, evaluation_transform(facts, 1.0 if whole else CENTRE), facts.image_size
+    )
+    try:
+        found, readable = extract_features(
+            net, image_loader(images, args), device=args.device, dtype=DTYPES[args.dtype],
+            progress=True,
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        fail(str(error))
+    assert readable is not None
+    bad = (readable == 0).nonzero().flatten().tolist()
+    if bad:
+        tell(f"{len(bad)} of {len(source)} images cannot be read and are left out, the first is "
+             f"{source.name(bad[0])}")  # fmt: skip
+    kept = (readable == 1).nonzero().flatten()
+    if len(kept) < 2:
+        fail(f"only {len(kept)} of {len(source)} images in {args.data} can be read.")
+    return found[kept], kept.tolist()
+
+
+def nearest(found: Tensor, names: list[str], queries: list[int], k: int) -> Answer:
+    """The k nearest others of each query."""
+    k = min(k, len(names) - 1)
+    cosines, numbers = nearest_neighbours(found, found[queries], k=k + 1)
+    others = numbers != torch.tensor(queries)[:, None]
+    # Where more than k others are its equal, the query may be missing: then the last one goes.
+    others[others.all(1), -1] = False
+    closest = numbers[others].view(-1, k).tolist()
+    near = cosines[others].view(-1, k).tolist()
+    rows: list[list[Cell]] = [
+        [names[q], *(f"{names[j]} ({c:.3f})" for j, c in zip(js, cs, strict=True))]
+        for q, js, cs in zip(queries, closest, near, strict=True)
+    ]
+    return Answer(
+        f"Nearest of {len(names)} images, and their cosine",
+        ["query", *(f"{i + 1}." for i in range(k))],
+        rows,
+        [[q, *js] for q, js in zip(queries, closest, strict=True)],
+        [["query", *(f"{c:.3f}" for c in cs)] for cs in near],
+    )
+
+
+def alike(found: Tensor, names: list[str], least: float) -> Answer:
+    """All pairs at that cosine or a greater one."""
+    pairs = near_duplicates(found, least)
+    return Answer(
+        f"{len(pairs)} pairs of {len(names)} images at a cosine of {least:g} or more",
+        ["image", "its like", "cosine"],
+        [[names[a], names[b], f"{cosine:.4f}"] for a, b, cosine in pairs],
+        [[a, b] for a, b, _ in pairs[:SHOWN_PAIRS]],
+        [["", f"{cosine:.3f}"] for *_, cosine in pairs[:SHOWN_PAIRS]],
+    )
+
+
+def near_duplicates(found: Tensor, least: float, k: int = 20) -> list[tuple[int, int, float]]:
+    """Pairs of rows at that cosine or more, the most alike first; of each row with up to k."""
+    cosines, numbers = nearest_neighbours(found, k=min(k, len(found) - 1))
+    first, place = (cosines >= least).nonzero(as_tuple=True)
+    second, cosine = numbers[first, place], cosines[first, place]
+    found_pairs = {
+        (min(a, b), max(a, b)): c
+        for a, b, c in zip(first.tolist(), second.tolist(), cosine.tolist(), strict=True)
+    }
+    pairs = [(a, b, c) for (a, b), c in found_pairs.items()]
+    return sorted(pairs, key=lambda pair: (-pair[2], *pair[:2]))
+
+
+def picture(source: Source, index: int) -> Image.Image:
+    data = source.read(index)
+    if isinstance(data, Tensor):
+        return Image.fromarray(data.permute(1, 2, 0).numpy())
+    return open_image(data).convert("RGB")
+
+
+def draw(path: Path, source: Source, kept: list[int], answer: Answer) -> None:
+    """One row a group, its images from left to right with their captions."""
+    columns = max(map(len, answer.groups))
+    figure = Figure((1.3 * columns, 1.55 * len(answer.groups)), layout="constrained")
+    axes = figure.subplots(len(answer.groups), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for row, group, captions in zip(axes, answer.groups, answer.captions, strict=True):
+        for ax, number, caption in zip(row, group, captions, strict=False):
+            ax.imshow(ImageOps.fit(picture(source, kept[number]), (TILE, TILE)))
+            name = Path(source.name(kept[number])).name[-18:]
+            ax.set_title(f"{caption}\n{name}".strip(), fontsize=6)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_bytes(data.getvalue())
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()

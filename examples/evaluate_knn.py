@@ -1,0 +1,150 @@
+"""MMSelfSup's kNN table of a backbone: do the nearest training images know a test image's class?
+
+    python examples/evaluate_knn.py --data IMAGENET --model resnet50 --checkpoint FILE
+    torchrun --nproc-per-node=8 examples/evaluate_knn.py --data IMAGENET --checkpoint FILE
+
+Nothing is trained. Labelled images as evaluation_data.py reads them; without a test set every fifth
+image of a class is tested on. The measure is byol_pytorch.evaluation.knn's.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from evaluation_data import open_images
+from evaluation_parts import (
+    DTYPES,
+    Labelled,
+    check_common,
+    common_flags,
+    evaluation_images,
+    fail,
+    image_loader,
+    open_backbone,
+    tell,
+    write_results,
+)
+from finetune_loop import join_processes, leave_processes, rank, world_size
+from torch import Tensor, nn
+
+from byol_pytorch.evaluation.features import extract_features, shard
+from byol_pytorch.evaluation.knn import TEMPERATURE, K, knn_predict
+
+TOPS = (1, 5)
+# MMSelfSup, configs/selfsup/byol/README.md, "ImageNet Nearest-Neighbor Classification":
+# byol_resnet50_8xb32-accum16-coslr-200e, top-1.
+PUBLISHED = "published: MMSelfSup's BYOL, ResNet-50, 200 epochs, ImageNet, top-1"
+PUBLISHED_TOP1 = dict(zip(K, (63.9, 64.2, 62.9, 61.9), strict=True))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    join_processes(args)
+    check_common(args)
+    check(args)
+    net, facts = open_backbone(args)
+    train, test = (
+        chosen(evaluation_images(part, facts), wanted, args.seed)
+        for part, wanted in zip(
+            open_images(args.data), (args.train_images, args.test_images), strict=True
+        )
+    )
+    ks = fitting(args.k, len(train))
+    tell(f"{len(train)} images vote on {len(test)}")
+    try:
+        bank, labels = features(net, train, "train", args)
+        queries, truth = features(net, test, "test", args)
+        accuracy = accuracies(bank, labels, queries, truth, ks, args)
+    except ValueError as error:
+        fail(str(error))
+    name = f"{facts.model}, {facts.start}"
+    rows = [[f"{name}, top-{top}", *(100 * accuracy[top, k] for k in ks)] for top in TOPS]
+    rows.append([PUBLISHED, *(PUBLISHED_TOP1.get(k) for k in ks)])
+    if rank() == 0:
+        counts = {"train_images": len(train), "test_images": len(test)}
+        counts["classes"] = len(labels.unique())
+        columns = ["kNN accuracy, %", *(f"k={k}" for k in ks)]
+        write_results(args, f"{name}: nearest neighbours", columns, rows, facts, counts)
+    leave_processes()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Defaults are MMSelfSup's, tools/benchmarks/classification/knn_imagenet/test_knn.py."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    common_flags(parser)
+    add = parser.add_argument
+    add("--k", type=int, nargs="+", default=K, help="neighbours that vote (default: %(default)s)")
+    add("--temperature", type=float, default=TEMPERATURE,
+        help="a vote weighs exp(cosine / temperature) (default: %(default)s)")  # fmt: skip
+    add("--train-images", type=int, help="a random draw of so many vote (default: all)")
+    add("--test-images", type=int, help="a random draw of so many is asked (default: all)")
+    add("--memmap", type=Path, metavar="FOLDER",
+        help="keep the features in files there, where memory is too small for them")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    least = min(*args.k, args.train_images or 1, args.test_images or 1)
+    if least < 1 or not args.temperature > 0:
+        fail(
+            "--k, --train-images and --test-images are at least 1, and --temperature is above 0: "
+            f"got {list(args.k)}, {args.train_images}, {args.test_images}, {args.temperature:g}."
+        )
+
+
+def chosen(images: Labelled, wanted: int | None, seed: int) -> Labelled:
+    """All of the images, or so many, in their order."""
+    assert images.indices is not None
+    if wanted is None or wanted >= len(images):
+        return images
+    drawn = np.random.default_rng(seed).permutation(len(images))[:wanted]
+    return replace(images, indices=images.indices[np.sort(drawn)])
+
+
+def fitting(ks: list[int], images: int) -> list[int]:
+    """Those k that so many images can serve; what is left out is said."""
+    fit = [k for k in dict.fromkeys(ks) if k <= images]
+    if len(fit) < len(set(ks)):
+        tell(f"left out: k = {', '.join(str(k) for k in ks if k > images)}, as only {images} vote")
+    if not fit:
+        fail(f"--k {' '.join(map(str, ks))}; only {images} training images can vote.")
+    return fit
+
+
+def features(
+    net: nn.Module, images: Labelled, part: str, args: argparse.Namespace
+) -> tuple[Tensor, Tensor]:
+    """(N, D) and (N,) of all images, worked out by all processes together."""
+    found, labels = extract_features(
+        net, image_loader(shard(images), args), device=args.device, dtype=DTYPES[args.dtype],
+        memmap=args.memmap and args.memmap / part, progress=True,
+    )  # fmt: skip
+    assert labels is not None
+    return found, labels
+
+
+def accuracies(
+    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, ks: list[int],
+    args: argparse.Namespace,
+) -> dict[tuple[int, int], Any]:  # fmt: skip
+    """By top and k, in [0, 1]. Each process asks about its part of the queries."""
+    mine = slice(rank(), None, world_size())
+    ranked = knn_predict(
+        bank, labels, queries[mine], k=ks, temperature=args.temperature, top=max(TOPS),
+        device=args.device,
+    )  # fmt: skip
+    truth = truth[mine, None].to(args.device)
+    hits = [(ranked[k][:, :top] == truth).any(1).sum() for top in TOPS for k in ks]
+    total = torch.stack(hits)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    pairs = [(top, k) for top in TOPS for k in ks]
+    return dict(zip(pairs, (total.double() / len(queries)).tolist(), strict=True))
+
+
+if __name__ == "__main__":
+    main()

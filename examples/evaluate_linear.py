@@ -1,0 +1,433 @@
+"""Linear evaluation of a frozen backbone by the published protocols.
+
+    torchrun --nproc-per-node=8 examples/evaluate_linear.py --data IMAGENET --checkpoint FILE
+    python examples/evaluate_linear.py --data CIFAR --checkpoint FILE --protocol multi-head --cached
+
+--protocol paper and mmselfsup train one head on the pooled feature, of any backbone; multi-head,
+places205 and inaturalist one on each of a ResNet's five stages. Every epoch has new crops, unless
+--cached takes the features once. Several --base-lrs cost little more than one.
+"""
+
+import argparse
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluation_data import (
+    Watched,
+    balanced,
+    keep,
+    open_images,
+    saved,
+    test_loader,
+    training_loader,
+)
+from evaluation_parts import (
+    DTYPES,
+    Cell,
+    Facts,
+    Labelled,
+    Transform,
+    as_tensor,
+    check_common,
+    common_flags,
+    fail,
+    image_loader,
+    open_backbone,
+    tell,
+    write_results,
+)
+from finetune_loop import identity, join_processes, leave_processes, rank, world_size
+from pretrain_data import CENTRE
+from pretrain_state import the_only_run
+from pretrain_watch import Journal
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from byol_pytorch.evaluation.features import (
+    FeatureReader,
+    extract_features,
+    resnet_stages,
+    shard,
+)
+from byol_pytorch.evaluation.linear import LinearHeads, Probe, accuracy, linear_probe, train_epoch
+from byol_pytorch.evaluation.protocols import (
+    INATURALIST,
+    MMSELFSUP_LINEAR,
+    MULTI_HEAD,
+    PAPER,
+    PAPER_LRS,
+    PLACES205,
+    Protocol,
+)
+
+MMSELFSUP = "MMSelfSup, configs/benchmarks/classification/"
+PAGE = "MMSelfSup's BYOL, ResNet-50"  # configs/selfsup/byol/README.md
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A published linear evaluation and what came of it."""
+
+    source: str
+    protocol: Protocol
+    views: str  # of VIEWS
+    stages: bool  # a head for each stage; else one for the pooled feature
+    published: dict[
+        str, tuple[float, ...]
+    ]  # in %: top-1 of the stages; top-1 and top-5 of one head
+
+
+EVALUATIONS = {
+    "paper": Evaluation(
+        "arXiv 2006.07733, appendix C.1, and DeepMind's byol/configs/eval.py",
+        PAPER, "crop", False,
+        {"the paper's BYOL, ResNet-50, ImageNet, 1000 epochs": (74.3, 91.6)},
+    ),
+    "mmselfsup": Evaluation(
+        f"{MMSELFSUP}imagenet/resnet50_linear-8xb512-coslr-90e_in1k",
+        MMSELFSUP_LINEAR, "bilinear", False, {f"{PAGE}, ImageNet, 200 epochs": (71.8,)},
+    ),
+    "multi-head": Evaluation(
+        f"{MMSELFSUP}imagenet/resnet50_mhead_linear-8xb32-steplr-90e_in1k",
+        MULTI_HEAD, "colour", True,
+        {f"{PAGE}, ImageNet, 16xb256, 200 epochs": (15.41, 35.15, 47.77, 62.59, 71.85),
+         f"{PAGE}, ImageNet, 8xb32-accum16, 200 epochs": (15.16, 35.26, 47.77, 63.10, 71.21)},
+    ),
+    "places205": Evaluation(
+        f"{MMSELFSUP}places205/resnet50_mhead_8xb32-steplr-28e_places205",
+        PLACES205, "places", True,
+        {f"{PAGE}, Places205, 200 epochs": (21.25, 36.55, 43.66, 50.74, 53.82),
+         f"{PAGE}, Places205, 300 epochs": (21.18, 36.68, 43.42, 51.04, 54.06)},
+    ),
+    "inaturalist": Evaluation(
+        f"{MMSELFSUP}inaturalist2018/resnet50_mhead_8xb32-steplr-84e_inat18",
+        INATURALIST, "bilinear", True, {},
+    ),
+}  # fmt: skip
+HELP = {
+    "epochs": "passes over the training images",
+    "batch_size": "images of one step over all processes",
+    "base_lrs": "learning rates to try, for 256 images and scaled linearly with the batch; the "
+    f"paper chooses among {' '.join(map(str, PAPER_LRS))}",
+    "optimizer": "sgd with Nesterov's momentum, or lars",
+    "momentum": "of the optimizer",
+    "weight_decay": "of weights and biases",
+    "milestones": "epochs at which the rate falls to a tenth; none: half cosine to 0",
+    "by_epoch": "the cosine moves once an epoch",
+    "batch_norm": "without affine, before each head",
+}
+FLAG = {name: name for name in HELP} | {"batch_size": "total_batch"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, protocol = parse(argv)
+    evaluation = EVALUATIONS[args.protocol]
+    train, test = open_images(args.data)
+    net, facts = open_backbone(args)
+    stages = stages_of(net, args) if evaluation.stages else None
+    view, look = views(args.views or evaluation.views, facts, whole=train[0].size is not None)
+    training, testing = Labelled(train[0], view, train[1]), Labelled(test[0], look, test[1])
+    tell(f"{len(training)} images to train on, {len(testing)} to test on; {args.protocol} is "
+         f"{evaluation.source}")  # fmt: skip
+    try:
+        backbone = Backbone(net.eval(), stages, facts, args)
+        probe = (cached if args.cached else online)(backbone, training, testing, protocol, args)
+    except ValueError as error:
+        fail(str(error))
+    if rank() == 0:
+        report(probe, evaluation, facts, args)
+    leave_processes()
+
+
+def online(
+    backbone: "Backbone", training: Labelled, testing: Labelled, protocol: Protocol,
+    args: argparse.Namespace,
+) -> Probe:  # fmt: skip
+    """The published evaluation: new crops in every epoch; goes on from OUTPUT/last.pt."""
+    classes, held_out = int(training.labels.max()) + 1, None
+    if args.held_out:
+        training, held_out = apart(training, testing.transform, args)
+    protocol = replace(protocol, batch_size=min(protocol.batch_size, len(training)))
+    example = backbone(testing[0][0][None].to(args.device))
+    heads = LinearHeads(example, classes, protocol, seed=args.seed, dtype=DTYPES[args.dtype])
+    loader, tests = training_loader(training, protocol.batch_size, args), test_loader(testing, args)
+    path, now = args.output / "last.pt", identity(len(training), args)
+    with the_only_run(args.output, rank()):
+        state, done = saved(path, now), 0
+        if state:
+            heads.load_state_dict(state["heads"])
+            done = state["epoch"]
+        steps = len(loader)
+        journal = Journal(args.output, rank() == 0, done * steps, protocol.epochs * steps,
+                          protocol.batch_size)  # fmt: skip
+        for epoch in range(done, protocol.epochs):
+            loader.batch_sampler.epoch = epoch
+            losses = train_epoch(heads, backbone, Watched(loader, journal), epoch)
+            figures = named("loss", losses, heads)
+            if (epoch + 1) % args.eval_every == 0 and epoch + 1 < protocol.epochs:
+                figures |= named("top1", accuracy(heads, backbone, tests)[0], heads)
+            journal.figures((epoch + 1) * steps, {"epoch": epoch + 1, **figures})
+            parts = {"identity": now, "epoch": epoch + 1, "heads": dict(heads.state_dict())}
+            keep(parts, path)
+        top1, top5 = accuracy(heads, backbone, tests)
+        chooses = None
+        if held_out:
+            chooses, _ = accuracy(heads, backbone, test_loader(held_out, args))
+        journal.figures(protocol.epochs * steps, named("top1", top1, heads))
+        journal.close()
+    return Probe(heads.stages, protocol.lrs, top1, top5, chooses, heads)
+
+
+def cached(
+    backbone: "Backbone", training: Labelled, testing: Labelled, protocol: Protocol,
+    args: argparse.Namespace,
+) -> Probe:  # fmt: skip
+    """Heads on the features of the test view of every image: minutes instead of epochs of crops."""
+    both = []
+    for images in (replace(training, transform=testing.transform), testing):
+        features, labels = extract_features(
+            backbone.net, image_loader(shard(images), args), stages=backbone.stages,
+            device=args.device, dtype=DTYPES[args.dtype], progress=True,
+        )  # fmt: skip
+        both += [backbone.shaped(features), labels]
+    return linear_probe(
+        *both, protocol=protocol, held_out=args.held_out, seed=args.seed, device=args.device,
+        dtype=DTYPES[args.dtype], progress=rank() == 0,
+    )  # fmt: skip
+
+
+def apart(
+    training: Labelled, look: Transform, args: argparse.Namespace
+) -> tuple[Labelled, Labelled]:
+    """The training images without a part of each class, and that part as tests see it."""
+    part = balanced(training.labels, 100 * args.held_out, args.seed)
+    assert training.indices is not None
+    numbers = training.indices
+    kept = torch.ones(len(numbers), dtype=torch.bool)
+    kept[part] = False
+    return replace(training, indices=numbers[kept.numpy()]), replace(
+        training, transform=look, indices=numbers[part]
+    )
+
+
+# The backbone -----------------------------------------------------------------------------------
+
+
+class Backbone:
+    """Images to the features that heads are trained on: (B, D), or (B, C, cells) by stage."""
+
+    def __init__(
+        self, net: nn.Module, stages: dict[str, str] | None, facts: Facts, args: argparse.Namespace
+    ) -> None:
+        self.net, self.stages, self.size = net, stages, args.batch_size
+        self.channels: dict[str, int] = {}
+        handles = []
+        for name, layer in (stages or {}).items():
+
+            def note(_m: Any, _a: Any, out: Tensor, name: str = name) -> None:
+                self.channels[name] = out.shape[1]
+
+            handles.append(net.get_submodule(layer).register_forward_hook(note))
+        example = torch.zeros(2, 3, facts.image_size, facts.image_size, device=args.device)
+        with torch.no_grad():
+            self.read = FeatureReader(net, example, stages)
+            self.read(example)
+        for handle in handles:
+            handle.remove()
+
+    def __call__(self, images: Tensor) -> Any:
+        parts = [self.read(x) for x in images.split(self.size)]
+        if self.stages is None:
+            return torch.cat(parts)
+        return self.shaped({name: torch.cat([p[name] for p in parts]) for name in self.stages})
+
+    def shaped(self, features: Any) -> Any:
+        """Flat maps with their channels apart, which batch norm is over."""
+        if self.stages is None:
+            return features
+        return {n: features[n].unflatten(1, (self.channels[n], -1)) for n in self.stages}
+
+
+def stages_of(net: nn.Module, args: argparse.Namespace) -> dict[str, str]:
+    """Layers by the names of the stages that get a head."""
+    try:
+        known = resnet_stages(net)
+    except ValueError:
+        known = {}
+    names = args.stages or list(known)
+    if not names:
+        fail(f"--protocol {args.protocol} has a head for each stage of a ResNet, which --model "
+             f"{args.model} is not. Name layers that give maps, --stages stages.2 stages.3, or "
+             "take --protocol paper or mmselfsup, one head on the pooled feature.")  # fmt: skip
+    layers = dict(net.named_modules())
+    for name in names:
+        if known.get(name, name) not in layers:
+            fail(f"--stages {name}: {args.model} has {', '.join([*known, *list(layers)[1:12]])}, "
+                 "...")  # fmt: skip
+    return {name: known.get(name, name) for name in names}
+
+
+# Views ------------------------------------------------------------------------------------------
+
+VIEWS = ("crop", "bilinear", "colour", "places")
+# AlexNet's colour noise: eigenvalues and eigenvectors of ImageNet's RGB values in [0, 1]
+# (Krizhevsky et al. 2012, section 4.1; the figures of fb.resnet.torch, which MMSelfSup's
+# multi-head configuration has times 255 and in the order BGR).
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = (
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
+
+
+class Lighting(nn.Module):
+    """Adds one colour to (3, H, W) in [0, 1], drawn along the principal components of RGB."""
+
+    def __init__(self, std: float = 0.1) -> None:
+        super().__init__()
+        self.std = std
+
+    def forward(self, image: Tensor) -> Tensor:
+        along = torch.randn(3) * self.std * torch.tensor(EIGENVALUES)
+        return image + (torch.tensor(EIGENVECTORS) @ along).view(3, 1, 1)
+
+
+def views(kind: str, facts: Facts, whole: bool) -> tuple[Transform, Transform]:
+    """What is trained on and what is tested on; images of one size are tested on as a whole.
+
+    crop: random crop and flip, bicubic, the paper's. bilinear: the same, MMSelfSup's for one head
+    and iNaturalist. colour: bicubic, with jitter 0.4 and lighting, its multi-head one for ImageNet.
+    places: random crop of the central square and flip, bilinear, its one for Places205.
+    """
+    size, edge = facts.image_size, round(facts.image_size / CENTRE)
+    bicubic = kind in ("crop", "colour")
+    mode = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
+    to_image, to_float, normalise = as_tensor(facts)
+    look = [v2.Resize(size if whole else edge, mode), v2.CenterCrop(size)]
+    train = [v2.RandomResizedCrop(size, interpolation=mode)]
+    if kind == "places":
+        train = [v2.Resize(edge, mode), v2.CenterCrop(edge), v2.RandomCrop(size)]
+    train.append(v2.RandomHorizontalFlip())
+    noise = [Lighting()] if kind == "colour" else []
+    if kind == "colour":
+        train.append(v2.ColorJitter(0.4, 0.4, 0.4))
+    return (
+        v2.Compose([*train, to_image, to_float, *noise, normalise]),
+        v2.Compose([*look, to_image, to_float, normalise]),
+    )
+
+
+# Flags and figures ------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Protocol]:
+    parser = argparse.ArgumentParser(
+        description="Linear evaluation of a frozen backbone. The same command goes on from the "
+        "last epoch that an earlier one ended.",
+    )
+    common_flags(parser)
+    add = parser.add_argument
+    add("--protocol", choices=EVALUATIONS, default="paper", help="what the flags below default to")
+    add("--cached", action="store_true",
+        help="features of test views, taken once: fast, not the published protocol")  # fmt: skip
+    add("--held-out", type=float, default=0.0,
+        help="part of the training images that chooses among --base-lrs; test images never do. "
+        "The paper: 10009 of 1281167")  # fmt: skip
+    add("--stages", nargs="+",
+        help="which of feature1 to feature5 (default: all), or layers by name")  # fmt: skip
+    add("--eval-every", type=int, default=10, help="epochs; the last is always evaluated")
+    add("--views", choices=VIEWS,
+        help=f"of the training images ({defaults(lambda e: e.views)})")  # fmt: skip
+    group = parser.add_argument_group(
+        "protocol", "; ".join(f"{name} is {e.source}" for name, e in EVALUATIONS.items())
+    )
+    for field in fields(Protocol):
+        name = field.name
+        shown = defaults(lambda e, name=name: getattr(e.protocol, name))
+        value = getattr(PAPER, name)
+        how: dict[str, Any] = {"type": type(value)}
+        if isinstance(value, bool):
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(value, tuple):
+            how = {"type": float if name == "base_lrs" else int, "nargs": "*"}
+        elif name == "optimizer":
+            how = {"choices": ("sgd", "lars")}
+        group.add_argument(f"--{FLAG[name].replace('_', '-')}", default=None,
+                           help=f"{HELP[name]} ({shown})", **how)  # fmt: skip
+    args = parser.parse_args(argv)
+    join_processes(args)
+    check_common(args)
+    if not 0 <= args.held_out < 1 or args.eval_every < 1:
+        fail(f"--held-out {args.held_out}, --eval-every {args.eval_every}; expected a part in "
+             "[0, 1), and at least 1.")  # fmt: skip
+    given = {name: getattr(args, flag) for name, flag in FLAG.items()}
+    given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
+    try:
+        protocol = replace(EVALUATIONS[args.protocol].protocol, **given)
+    except ValueError as error:
+        fail(str(error))
+    if protocol.batch_size < world_size():
+        fail(f"--total-batch {protocol.batch_size} is less than {world_size()} processes.")
+    return args, protocol
+
+
+def defaults(of: Any) -> str:
+    """An option's default in each protocol, equal ones together."""
+    names: dict[str, list[str]] = {}
+    for name, evaluation in EVALUATIONS.items():
+        value = of(evaluation)
+        shown = " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+        names.setdefault(shown, []).append(name)
+    if len(names) == 1:
+        return f"default: {next(iter(names))}"
+    return "default: " + ", ".join(f"{shown} of {' and '.join(n)}" for shown, n in names.items())
+
+
+def named(what: str, values: Tensor, heads: LinearHeads) -> dict[str, float]:
+    return {
+        f"{what}/{stage}/lr {lr:g}": value
+        for stage, row in zip(heads.stages, values.tolist(), strict=True)
+        for lr, value in zip(heads.protocol.lrs, row, strict=True)
+    }
+
+
+def report(probe: Probe, evaluation: Evaluation, facts: Facts, args: argparse.Namespace) -> None:
+    """The published table: a column for each stage, or for the top-1 and top-5 of one head."""
+    top1, top5 = 100 * probe.top1, 100 * probe.top5
+    lines: list[tuple[str, list[int]]]  # and which rate is shown for each stage
+    if probe.chosen is not None:
+        how = "" if probe.held_out is None else ", rate chosen on held-out training images"
+        lines = [(how, list(probe.chosen.values()))]
+    else:
+        lines = [(f", lr {lr:g}", [i] * len(probe.stages)) for i, lr in enumerate(probe.lrs)]
+    rows: list[list[Cell]] = []
+    for what, rates in lines:
+        first, five = ([x[s, r].item() for s, r in enumerate(rates)] for x in (top1, top5))
+        this = f"{facts.model}, {facts.start}{what}"
+        if evaluation.stages:
+            rows += [[f"{this}: top-1", *first], [f"{this}: top-5", *five]]
+        else:
+            rows.append([this, first[0], five[0]])
+    columns = ["", *(probe.stages if evaluation.stages else ("top-1", "top-5"))]
+    for who, figures in evaluation.published.items():
+        cells: list[float | None] = [*figures]
+        if evaluation.stages:
+            by_stage = {f"feature{i}": figure for i, figure in enumerate(figures, 1)}
+            cells = [by_stage.get(stage) for stage in probe.stages]
+        rows.append([who, *cells, *[None] * (len(columns) - 1 - len(cells))])
+    title = f"Linear evaluation, {args.protocol}{', cached features' if args.cached else ''}: "
+    title += f"accuracy in % on {Path(args.data).name}"
+    more = {
+        "stages": probe.stages, "lrs": probe.lrs, "chosen": probe.chosen,
+        "top1": probe.top1.tolist(), "top5": probe.top5.tolist(),
+        "held_out": None if probe.held_out is None else probe.held_out.tolist(),
+        "protocol": str(probe.heads.protocol), "source": evaluation.source,
+    }  # fmt: skip
+    write_results(args, title, columns, rows, facts, more)
+
+
+if __name__ == "__main__":
+    main()

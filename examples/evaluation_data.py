@@ -1,0 +1,234 @@
+"""What evaluate_linear.py and finetune_classification.py read: data sets that come with lists,
+parts of the labels, and the order of images, which a stopped run goes on with.
+
+Sources are pretrain_data.py's, labelled images evaluation_parts.py's.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from evaluation_parts import Labelled, fail, image_loader, open_labelled, tell
+from finetune_loop import rank, seed_of, world_size
+from pretrain_data import Files, Source
+from pretrain_watch import Journal
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from byol_pytorch import checkpoint
+from byol_pytorch.evaluation.features import shard
+
+Part = tuple[Source, np.ndarray]  # a source and the numbers of its images
+
+# Folders that hold lists of "path label": the two lists, and where their paths begin. The first as
+# places.csail.mit.edu packs it; then torchvision.datasets.Places365, small and large; then the
+# lists of MMSelfSup for ImageNet (train, val) and iNaturalist 2018 (train_val2018).
+LISTS = (
+    ("trainvalsplit_places205/train_places205.csv", "trainvalsplit_places205/val_places205.csv",
+     ("data/vision/torralba/deeplearning/images256",) * 2),
+    ("places365_train_standard.txt", "places365_val.txt", ("data_256_standard", "val_256")),
+    ("places365_train_standard.txt", "places365_val.txt", ("data_large_standard", "val_large")),
+    ("meta/train.txt", "meta/val.txt", ("train", "val")),
+    ("meta/train.txt", "meta/val.txt", ("train_val2018", "train_val2018")),
+)  # fmt: skip
+
+
+def open_images(folder: Path) -> tuple[Part, Part]:
+    """Training and test images with labels: what open_labelled reads, and Places205, Places365,
+    iNaturalist 2018 to 2021 and lists of "path label" in the layouts of LISTS."""
+    for train, test, roots in LISTS:
+        if (folder / train).is_file() and all((folder / root).is_dir() for root in roots):
+            lists = zip((train, test), roots, strict=True)
+            return with_classes(folder, [read_list(folder / f, folder / r) for f, r in lists])
+    for train, test in (("train2018.json", "val2018.json"), ("train2019.json", "val2019.json")):
+        if (folder / train).is_file():
+            return with_classes(folder, [read_json(folder / f, folder) for f in (train, test)])
+    years = folder / "2021_train", folder / "2021_valid"  # torchvision.datasets.INaturalist
+    if all(year.is_dir() for year in years):
+        return with_classes(folder, [read_folders(year) for year in years])
+    return with_classes(folder, list(open_labelled(folder)))
+
+
+def with_classes(folder: Path, parts: list[Part]) -> tuple[Part, Part]:
+    """Both parts, where one can train on the first and test on the second."""
+    train, test = (set(source.labels[numbers].tolist()) for source, numbers in parts)
+    if len(train) < 2:
+        fail(f"--data {folder} has {len(train)} class to train on; expected two or more.")
+    if test - train:
+        fail(f"--data {folder}: classes {sorted(test - train)[:5]} are in the test images and not "
+             "in the training images.")  # fmt: skip
+    return parts[0], parts[1]
+
+
+def read_list(path: Path, root: Path) -> Part:
+    """Lines of "path label"; the label may be apart by a space, a comma or a tab."""
+    lines = [line.replace(",", " ").rsplit(maxsplit=1) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if line]
+    if not lines or any(len(line) != 2 or not line[1].isdigit() for line in lines):
+        fail(f'{path}: expected lines of "path label", with labels from 0 on.')
+    return numbered([name for name, _ in lines], [int(label) for _, label in lines], root)
+
+
+def read_json(path: Path, root: Path) -> Part:
+    """iNaturalist's annotations."""
+    content = json.loads(path.read_text())
+    label = {item["image_id"]: item["category_id"] for item in content["annotations"]}
+    names = [item["file_name"] for item in content["images"]]
+    return numbered(names, [label[item["id"]] for item in content["images"]], root)
+
+
+def read_folders(root: Path) -> Part:
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir())
+    found = [(f"{c}/{f}", i) for i, c in enumerate(classes) for f in sorted(os.listdir(root / c))]
+    return numbered([name for name, _ in found], [label for _, label in found], root)
+
+
+def numbered(names: list[str], labels: list[int], root: Path) -> Part:
+    encoded = np.array([os.fsencode(name.lstrip("/")) for name in names])
+    return Files(np.array(labels, np.int64), root, encoded), np.arange(len(names))
+
+
+# A part of the labels ---------------------------------------------------------------------------
+
+
+def balanced(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
+    """Which of the images to keep: of each class `percent`, rounded, and at least one.
+
+    Sorted numbers, drawn by the seed and the class alone: 10 % holds all of 1 %.
+    """
+    kept = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        order = np.random.default_rng((seed, int(label))).permutation(members)
+        kept.append(order[: max(1, round(len(members) * percent / 100))])
+    return np.sort(np.concatenate(kept))
+
+
+def listed(part: Part, path: Path) -> np.ndarray:
+    """The numbers of the images that a list names: the first word of each line is a path within
+    the data, a file's name, or where images have no names a number, counted from 0."""
+    source, numbers = part
+    try:
+        words = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        fail(f"--label-list {path} cannot be read: {error.strerror}.")
+    places = {}
+    for number in numbers.tolist():
+        name = source.name(number)
+        places |= {name: number, os.path.basename(name): number, str(number): number}
+    missing = [word for word in words if word not in places]
+    if missing or not words:
+        fail(
+            f"--label-list {path}: {len(missing)} of {len(words)} lines name no training image, "
+            f"such as {(missing or ['none'])[0]!r}; one is called {source.name(numbers[0])!r}."
+        )
+    return np.array(sorted({places[word] for word in words}))
+
+
+# Batches ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Drawn(Dataset[tuple[Tensor, int]]):
+    """Images by (epoch, number), each with random numbers of its own: a crop depends neither on
+    the workers, nor on the processes, nor on where the run was stopped."""
+
+    images: Labelled
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed_of(self.seed, *key))
+            return self.images[key[1]]
+
+
+@dataclass
+class Epoch(Sampler[list[tuple[int, int]]]):
+    """This rank's share of the batches of epoch number `epoch`, which the loop sets.
+
+    All images once, in a new order, in batches equal to one image and at most of `size`.
+    """
+
+    images: int
+    size: int
+    seed: int
+    epoch: int = 0
+
+    def __len__(self) -> int:
+        return -(-self.images // self.size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.images)
+        for batch in np.array_split(order, len(self)):
+            yield [(self.epoch, int(number)) for number in batch[rank() :: world_size()]]
+
+
+def training_loader(images: Labelled, size: int, args: argparse.Namespace) -> DataLoader[Any]:
+    """Batches of `size` images over all processes; `loader.batch_sampler.epoch` is to be set."""
+    if len(images) < world_size():
+        fail(f"{len(images)} training images for {world_size()} processes.")
+    return DataLoader(
+        Drawn(images, args.seed),
+        batch_sampler=Epoch(len(images), size, args.seed),
+        num_workers=args.workers,
+        pin_memory=torch.device(args.device).type == "cuda",
+        persistent_workers=args.workers > 0,
+    )
+
+
+def test_loader(images: Labelled, args: argparse.Namespace) -> DataLoader[Any]:
+    """This rank's share, no image twice."""
+    return image_loader(shard(images), args)
+
+
+@dataclass
+class Watched:
+    """A loader whose batches the journal's bar counts."""
+
+    loader: DataLoader[Any]
+    journal: Journal
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            yield batch
+            self.journal.advance()
+
+
+def keep(state: dict[str, Any], path: Path) -> None:
+    """Write the state of a run on rank 0, whole or not at all."""
+    if rank():
+        return
+    try:
+        checkpoint.save(state, path)
+    except OSError as error:
+        fail(f"{path} cannot be written: {error}.")
+
+
+def saved(path: Path, now: dict[str, str]) -> dict[str, Any] | None:
+    """The state to go on from, where there is one; a run that differs from this one is refused."""
+    if not path.exists():
+        return None
+    try:
+        state = checkpoint.load(path)
+        before = state["identity"]
+    except (ValueError, OSError, KeyError) as error:
+        fail(f"{path} is no state of this script: {error} Give another --output to start anew.")
+    changed = [
+        f"{name.replace('_', '-')} {before.get(name)} there and {now.get(name)} now"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        fail(f"{path} is of another run: {'; '.join(changed)}. Give the same flags, or another "
+             "--output.")  # fmt: skip
+    tell(f"goes on from {path}")
+    return state

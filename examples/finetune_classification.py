@@ -1,0 +1,320 @@
+"""Fine-tune a backbone on all labels or on a few: the semi-supervised evaluation.
+
+    torchrun --nproc-per-node=4 examples/finetune_classification.py --data IMAGENET \\
+        --checkpoint FILE --labels 1 --head-multiplier 10
+    python examples/finetune_classification.py --data CIFAR --checkpoint FILE --labels 10
+
+From a checkpoint, or without one from random weights. The data are evaluate_linear.py's.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from evaluation_data import (
+    balanced,
+    keep,
+    listed,
+    open_images,
+    saved,
+    test_loader,
+    training_loader,
+)
+from evaluation_parts import (
+    Cell,
+    Facts,
+    Labelled,
+    check_common,
+    common_flags,
+    evaluation_images,
+    fail,
+    open_backbone,
+    tell,
+    training_transform,
+    write_results,
+)
+from finetune_loop import (
+    autocast,
+    identity,
+    join_processes,
+    leave_processes,
+    parallel,
+    rank,
+    seed_of,
+    world_size,
+)
+from pretrain_state import the_only_run
+from pretrain_watch import Journal
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from byol_pytorch.optim import scaled_lr, warmup_cosine
+
+
+def flag(text: str, default: Any) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD without warm-up on crops and flips. The defaults: epochs, batch and the middle of the
+    rates and multipliers of MMSelfSup; Nesterov, cosine and no decay of the paper."""
+
+    epochs: int = flag("passes over the labelled images", 20)
+    total_batch: int = flag("images of one step over all processes", 256)
+    base_lr: float = flag("the backbone's learning rate for 256 images, scaled linearly", 0.01)
+    head_multiplier: float = flag("the head's learning rate in units of the backbone's", 10.0)
+    momentum: float = flag("of SGD", 0.9)
+    nesterov: bool = flag("Nesterov's momentum", True)
+    weight_decay: float = flag("of all parameters", 0.0)
+    milestones: tuple[int, ...] = flag("epochs at which the rate falls; none: half cosine to 0", ())
+    gamma: float = flag("to this part it falls", 0.1)
+
+
+# MMSelfSup, configs/benchmarks/classification/imagenet/imagenet_{1,10}percent/
+# resnet50_head{1,10,100}_4xb64-steplr{1e-1,1e-2,1e-3}-20e_in1k-{1,10}pct.
+MMSELFSUP_10 = Recipe(nesterov=False, weight_decay=1e-4, milestones=(12, 16), gamma=0.2)
+RECIPES = {
+    "semi-supervised": Recipe(),
+    "mmselfsup-1": replace(MMSELFSUP_10, weight_decay=5e-4),
+    "mmselfsup-10": MMSELFSUP_10,
+    # arXiv 2006.07733, appendix C.1: rates 0.005, 0.01, 0.02, 0.05 and 0.1, and 30 and 50 epochs,
+    # chosen on held-out training images; cosine as in DeepMind's byol/eval_experiment.py.
+    "paper": Recipe(epochs=30, total_batch=1024, base_lr=0.02, head_multiplier=1.0),
+}
+# The paper's tables 2 and 8: ResNet-50 pre-trained for 1000 epochs, top-1 and top-5 on ImageNet.
+PUBLISHED = {1: (53.2, 78.4), 10: (68.8, 89.0), 100: (77.7, 93.9)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, recipe = parse(argv)
+    (source, numbers), test = open_images(args.data)
+    classes = int(source.labels[numbers].max()) + 1
+    if args.label_list:
+        numbers = listed((source, numbers), args.label_list)
+    else:
+        numbers = numbers[balanced(source.labels[numbers], args.labels, args.seed)]
+    net, facts = open_backbone(args)
+    training = Labelled(source, training_transform(facts), numbers)
+    testing = evaluation_images(test, facts)
+    recipe = replace(recipe, total_batch=min(recipe.total_batch, len(training)))
+    tell(f"{len(training)} labelled images of {classes} classes, {len(testing)} to test on, "
+         f"{recipe}")  # fmt: skip
+    classifier = Classifier(net, classes, facts.image_size).to(args.device)
+    history = fine_tune(classifier, training, testing, recipe, args)
+    if rank() == 0:
+        report(history, len(training), facts, args)
+    leave_processes()
+
+
+def fine_tune(
+    net: "Classifier", training: Labelled, testing: Labelled, recipe: Recipe,
+    args: argparse.Namespace,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train; the figures of each epoch. Goes on from OUTPUT/last.pt, with the same images."""
+    if world_size() > 1 and args.device.startswith("cuda"):
+        net = convert_sync_batchnorm(net)  # nn.SyncBatchNorm is for GPUs only
+    lr = scaled_lr(recipe.base_lr, recipe.total_batch)
+    groups = [
+        {"params": net.backbone.parameters(), "scale": 1.0},
+        {"params": net.head.parameters(), "scale": recipe.head_multiplier},
+    ]
+    optimizer = torch.optim.SGD(groups, lr, recipe.momentum, weight_decay=recipe.weight_decay,
+                                nesterov=recipe.nesterov)  # fmt: skip
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.dtype == "fp16")
+    parts: dict[str, Any] = {"model": net, "optimizer": optimizer, "scaler": scaler}
+    loader, tests = training_loader(training, recipe.total_batch, args), test_loader(testing, args)
+    steps, path, now = len(loader), args.output / "last.pt", identity(len(training), args)
+    with the_only_run(args.output, rank()):
+        state, history = saved(path, now), []
+        if state:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            history = state["history"]
+        step = len(history) * steps
+        total = recipe.epochs * steps
+        journal = Journal(args.output, rank() == 0, step, total, recipe.total_batch)
+        model = parallel(net, args)
+        for epoch in range(len(history), recipe.epochs):
+            loader.batch_sampler.epoch = epoch
+            losses = torch.zeros((), device=args.device)
+            net.train()
+            for images, labels in loader:
+                factor = rate(recipe, step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * factor * group["scale"]
+                torch.manual_seed(seed_of(args.seed, rank(), step))  # dropout and its like
+                optimizer.zero_grad()
+                for x, y, share, last in passes(images, labels, args):
+                    with synchronised(model, last), autocast(args):
+                        loss = F.cross_entropy(model(x), y) * share
+                        scaler.scale(loss).backward()
+                    losses += loss.detach()
+                scaler.step(optimizer)
+                scaler.update()
+                step += 1
+                journal.advance()
+            top1, top5 = evaluate(net, tests, args)
+            figures = {"loss": mean(losses).item() / steps, "lr": lr * factor}
+            if not math.isfinite(figures["loss"]):
+                fail(f"the loss is {figures['loss']} in epoch {epoch + 1}: lower --base-lr.")
+            history.append({"epoch": epoch + 1, "top1": top1, "top5": top5, **figures})
+            journal.figures(step, history[-1])
+            state = {name: dict(part.state_dict()) for name, part in parts.items()}
+            keep({"identity": now, "history": history, **state}, path)
+        journal.close()
+    return history
+
+
+def rate(recipe: Recipe, step: int, steps: int) -> float:
+    """What learning rates are multiplied by at a step, with `steps` in an epoch."""
+    if recipe.milestones:
+        return recipe.gamma ** sum(step >= at * steps for at in recipe.milestones)
+    return warmup_cosine(step, recipe.epochs * steps, 0, 1.0)
+
+
+def passes(
+    images: Tensor, labels: Tensor, args: argparse.Namespace
+) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
+    """This rank's images of a step in parts of at most --batch-size: what part, and the last?"""
+    parts = list(zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True))
+    for number, (x, y) in enumerate(parts, 1):
+        x, y = (t.to(args.device, non_blocking=True) for t in (x, y))
+        yield x, y, len(y) / len(labels), number == len(parts)
+
+
+def synchronised(model: Any, last: bool) -> AbstractContextManager[Any]:
+    """Gradients are averaged over the ranks in the last pass of a step alone."""
+    return model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext()
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module, tests: DataLoader[Any], args: argparse.Namespace
+) -> tuple[float, float]:
+    """Top-1 and top-5 in [0, 1] over the images of all ranks."""
+    net.eval()
+    right = torch.zeros(3, dtype=torch.float64, device=args.device)
+    for images, labels in tests:
+        with autocast(args):
+            logits = net(images.to(args.device, non_blocking=True))
+        best = logits.topk(min(5, logits.shape[1])).indices
+        hits = best == labels.to(args.device)[:, None]
+        right += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels))])
+    if world_size() > 1:
+        dist.all_reduce(right)
+    first, five, count = right.tolist()
+    return first / count, five / count
+
+
+def mean(value: Tensor) -> Tensor:
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value / world_size()
+
+
+class Classifier(nn.Module):
+    """A backbone whose pooled feature goes to a new linear head, N(0, 0.01), biases 0."""
+
+    def __init__(self, net: nn.Module, classes: int, image_size: int) -> None:
+        super().__init__()
+        self.backbone = net if hasattr(net, "forward_head") else headless(net)
+        device = next(net.parameters()).device
+        with torch.no_grad():
+            example = self.backbone.eval()(torch.zeros(2, 3, image_size, image_size, device=device))
+        if example.ndim != 2:
+            fail(f"the backbone gives {tuple(example.shape)}; expected a pooled feature (B, D).")
+        self.head = nn.Linear(example.shape[1], classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
+def headless(net: nn.Module) -> nn.Module:
+    """torchvision's classifiers end in a Linear: without it."""
+    linear = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        fail(f"{type(net).__name__} has no Linear to replace by the new head. Take timm's model.")
+    net.set_submodule(linear[-1], nn.Identity())
+    return net
+
+
+# Flags and figures ------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a backbone on all labels or a few. The same command goes on from "
+        "the last epoch that an earlier one ended.",
+    )
+    common_flags(parser)
+    add = parser.add_argument
+    add("--labels", type=float, default=100.0,
+        help="percent of each class's training images, drawn by --seed (default: 100)")  # fmt: skip
+    add("--label-list", type=Path,
+        help="instead: a file with an image on each line, as the lists of ImageNet's 1 and 10 "
+        "percent")  # fmt: skip
+    add("--recipe", choices=RECIPES, default="semi-supervised", help="what the rest defaults to")
+    group = parser.add_argument_group("recipe", Recipe.__doc__)
+    hints = get_type_hints(Recipe)
+    for f in fields(Recipe):
+        values = ", ".join(f"{name} {shown(getattr(r, f.name))}" for name, r in RECIPES.items())
+        how: dict[str, Any] = {"type": hints[f.name]}
+        if hints[f.name] is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif f.name == "milestones":
+            how = {"type": int, "nargs": "*"}
+        text = f"{f.metadata['help']} (default: {values})"
+        group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **how)
+    args = parser.parse_args(argv)
+    join_processes(args)
+    check_common(args)
+    given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
+    given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
+    recipe = replace(RECIPES[args.recipe], **given)
+    if not 0 < args.labels <= 100:
+        fail(f"--labels {args.labels:g}; expected a percentage above 0 and up to 100.")
+    for name, least in (("epochs", 1), ("total_batch", world_size()), ("base_lr", 0),
+                        ("head_multiplier", 0), ("weight_decay", 0)):  # fmt: skip
+        if getattr(recipe, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(recipe, name)}; expected {least} or more.")
+    if not 0 <= recipe.momentum < 1 or (recipe.nesterov and not recipe.momentum):
+        fail(f"--momentum {recipe.momentum}; expected it in [0, 1), and above 0 for --nesterov.")
+    return args, recipe
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def report(
+    history: list[dict[str, float]], images: int, facts: Facts, args: argparse.Namespace
+) -> None:
+    last = history[-1]
+    what = f"{images} labelled images" + (
+        f", {args.labels:g} %" if args.label_list is None else f" of {args.label_list.name}"
+    )
+    rows: list[list[Cell]] = [
+        [f"{facts.model}, {facts.start}", what, 100 * last["top1"], 100 * last["top5"]]
+    ]
+    if args.label_list is None and args.labels in PUBLISHED:
+        rows.append(["the paper's BYOL, ResNet-50, 1000 epochs", f"{args.labels:g} % of ImageNet",
+                     *PUBLISHED[int(args.labels)]])  # fmt: skip
+    title = f"Fine-tuning for {len(history)} epochs, {args.recipe}: accuracy in % on "
+    title += f"{Path(args.data).name} after the last"
+    columns = ["", "trained on", "top-1", "top-5"]
+    write_results(args, title, columns, rows, facts, {"history": history, "images": images})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""embed.py and label_efficiency.py on small folders: what they leave, and what they refuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = ("--model", "resnet10t", "--model-args", '{"channels": [8, 8, 8, 8]}',
+         "--image-size", 32, "--workers", 0)  # fmt: skip
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten images and a copy of one of them, unlabelled."""
+    rng = np.random.default_rng(0)
+    place = tmp_path / "images"
+    place.mkdir()
+    for i in range(10):
+        small = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8))
+        small.resize((40 + i, 40)).save(place / f"{i}.png")
+    (place / "copy.png").write_bytes((place / "3.png").read_bytes())
+    return place
+
+
+def test_rows_are_the_models_features_in_the_order_of_the_paths(
+    folder: Path, tmp_path: Path
+) -> None:
+    (folder / "broken.png").write_text("no image")
+    out = tmp_path / "out"
+    done = run("embed.py", "--data", folder, *SMALL, "--output", out, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 12 images cannot be read and are left out, the first is broken.png" in done.stdout
+    embeddings = np.load(out / "embeddings.npy")
+    paths = (out / "paths.txt").read_text().splitlines()
+    assert embeddings.shape == (11, 8) and embeddings.dtype == np.float32
+    assert sorted(paths) == sorted([*(f"{i}.png" for i in range(10)), "copy.png"])
+
+    torch.manual_seed(3)
+    net = timm.create_model("resnet10t", num_classes=0, channels=[8, 8, 8, 8]).eval()
+    resize = v2.Resize(round(32 * 256 / 224), interpolation=v2.InterpolationMode.BICUBIC)
+    crop = v2.CenterCrop(32)
+    mean, std = (np.array(v) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    image = crop(resize(Image.open(folder / paths[4]).convert("RGB")))
+    pixels = (np.asarray(image) / 255 - mean) / std
+    with torch.no_grad():
+        expected = net(torch.from_numpy(pixels).permute(2, 0, 1)[None].float())[0]
+    torch.testing.assert_close(torch.from_numpy(embeddings[4]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_querys_copy_is_its_nearest_neighbour(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("embed.py", "--data", folder, *SMALL, "--output", out, "--k", 3,
+               "--query", folder / "3.png", "copy.png")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row[:2] for row in rows] == [
+        ["3.png", "copy.png (1.000)"],
+        ["copy.png", "3.png (1.000)"],
+    ]
+    assert all(len(row) == 4 and row[0] not in [c.split(" ")[0] for c in row[1:]] for row in rows)
+    assert Image.open(out / "neighbours.png").size[0] > 100
+
+
+def test_copies_are_listed_as_duplicates(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run("embed.py", "--data", folder, *SMALL, "--output", out, "--duplicates", 0.99999)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [sorted(row[:2]) for row in rows] == [["3.png", "copy.png"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--query", "absent.png"), "--query absent.png is not among the 11 images"),
+        (("--duplicates", 2), "--duplicates 2; expected a cosine above 0 and up to 1"),
+        (("--k", 0), "--k 0; expected 1 or more"),
+    ],
+)
+def test_wrong_questions_are_refused(
+    folder: Path, tmp_path: Path, arguments: tuple[object, ...], sentence: str
+) -> None:
+    done = run("embed.py", "--data", folder, *SMALL, "--output", tmp_path / "out", *arguments)
+    assert done.returncode and sentence in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "embeddings.npy").exists()
+
+
+def test_the_label_curve_has_every_start_and_part(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 4)):
+        for name, colour in (("red", 0), ("blue", 2)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (32, 32, 3), dtype=np.uint8)
+                pixels[..., colour] += 120
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    torch.manual_seed(5)
+    net = timm.create_model("resnet10t", num_classes=0, channels=[8, 8, 8, 8])
+    torch.save(net.state_dict(), tmp_path / "mine.pt")
+    out = tmp_path / "out"
+    done = run(
+        "label_efficiency.py", "--data", tmp_path / "data", *SMALL, "--output", out,
+        "--starts", tmp_path / "mine.pt", "random", "--labels", 10, 100, "--linear-epochs", 30,
+        "--finetune", "--epochs", 2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert results["columns"][2:] == ["10 % (2 images)", "100 % (20 images)"]
+    table = {tuple(row[:2]): row[2:] for row in results["rows"]}
+    assert list(table) == [(m, s) for m in ("kNN", "linear", "fine-tuned")
+                           for s in ("mine.pt", "random")]  # fmt: skip
+    assert all(0 <= value <= 100 for row in table.values() for value in row)
+    # The colours tell the classes apart, also through random weights.
+    assert table["kNN", "mine.pt"][1] == table["linear", "random"][1] == 100
+    assert Image.open(out / "label_efficiency.png").size[0] > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--starts", "absent.pt"), "--starts absent.pt is no file"),
+        (("--starts", "random", "--labels", 0), "expected percentages above 0"),
+    ],
+)
+def test_wrong_starts_and_parts_are_refused(
+    folder: Path, arguments: tuple[object, ...], sentence: str
+) -> None:
+    done = run("label_efficiency.py", "--data", folder, *SMALL, *arguments)
+    assert done.returncode and sentence in done.stderr and "Traceback" not in done.stderr
