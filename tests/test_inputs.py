@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torchvision
 import transformers
 from torch import Tensor, nn
+from torch.ao import quantization
+from torch.ao.quantization import quantize_fx
 from torch.utils.checkpoint import checkpoint
 
 from byol_pytorch import BYOL
@@ -78,6 +80,40 @@ class Small(nn.Module):
 def test_what_is_no_bare_trainable_network_is_an_error(net, error, message):
     with pytest.raises(error, match=message):
         wrap(net, 16)
+
+
+def observed(net: nn.Module) -> nn.Module:
+    net.qconfig = quantization.get_default_qconfig("fbgemm")
+    return quantization.prepare(net.eval())
+
+
+def fake_quantised(net: nn.Module) -> nn.Module:
+    net.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    return quantization.prepare_qat(net.train())
+
+
+def traced(net: nn.Module) -> nn.Module:
+    mapping = quantization.get_default_qat_qconfig_mapping("fbgemm")
+    return quantize_fx.prepare_qat_fx(net.train(), mapping, (views()[0],))
+
+
+def dynamic(net: nn.Module) -> nn.Module:
+    return quantization.quantize_dynamic(net.eval(), {nn.Linear})
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max")
+@pytest.mark.parametrize("quantise", [observed, fake_quantised, traced, dynamic])
+def test_a_network_that_is_prepared_for_quantisation_is_an_error(quantise):
+    message = r"quantised or prepared .* such as a \w+; expected the plain float .*BYOL first"
+    with pytest.raises(TypeError, match=message):
+        wrap(quantise(Small()), 16)
+
+
+def test_a_network_with_places_for_quantisation_is_a_plain_one():
+    net = torchvision.models.quantization.mobilenet_v2(weights=None, quantize=False)
+    assert any(isinstance(m, quantization.QuantStub) for m in net.modules())
+    assert read(wrap(net), noise(2, 3, 32, 32)).shape == (2, 1280)
 
 
 def test_a_network_inside_ddp_is_an_error():

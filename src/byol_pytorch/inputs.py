@@ -153,6 +153,22 @@ def check_network(net: Any) -> None:
             f"net ({type(net).__name__}) has no floating-point parameters; expected a network "
             "with weights to train."
         )
+    quantised = [type(module).__name__ for module in net.modules() if _quantises(module)]
+    if quantised:
+        raise TypeError(
+            f"net is quantised or prepared for it: it holds {len(quantised)} modules such as a "
+            f"{quantised[0]}; expected the plain float network. Train it with BYOL first, then "
+            "prepare and quantise net."
+        )
+
+
+def _quantises(module: nn.Module) -> bool:
+    # By name: torchao, whose classes are meant too, need not be there.
+    return any(
+        base.__name__.startswith("FakeQuantize")
+        or base.__name__ in ("ObserverBase", "WeightedQuantizedModule")
+        for base in type(module).__mro__
+    )
 
 
 def check_image_size(image_size: Any, example_input: Any) -> tuple[int, int] | None:
@@ -207,8 +223,14 @@ def concatenated(one: Any, two: Any) -> Any:
 
 
 def looks_unscaled(images: Any) -> bool:
-    """Whether float images on a CPU reach beyond 2, as those in [0, 255] do."""
-    return any(
-        x.is_floating_point() and x.device.type == "cpu" and x.numel() and float(x.max()) > 2
-        for x in tensors(images)
+    """Whether float images on a CPU reach beyond 2, as those in [0, 255] do.
+
+    Of tuples and mappings nothing is known: what stands beside the images has its own range.
+    """
+    return (
+        isinstance(images, Tensor)
+        and images.is_floating_point()
+        and images.device.type == "cpu"
+        and images.numel() > 0
+        and float(images.max()) > 2
     )

@@ -77,7 +77,8 @@ def _auto_timm(root: Any, inputs: Any, trace: Trace, pool: str | Pool | None) ->
     classifier = root.get_classifier()
     if isinstance(classifier, nn.Module):
         seen = trace.inputs.get(id(classifier))
-        if seen is not None and trace.runs[seen.name] == 1 and _same(seen.value, pooled):
+        # To the bit: a batch norm between the two changes next to nothing until it is trained.
+        if seen is not None and trace.runs[seen.name] == 1 and _equal(seen.value, pooled):
             label = f"the input of the classifier {seen.name!r}"
             return Source("input", seen.name, pool_for(seen.value, seen.channels, pool, label))
     width = getattr(root, "head_hidden_size", None) or getattr(root, "num_features", None)
@@ -150,6 +151,10 @@ def _layer_name(root: nn.Module, hidden_layer: str | int) -> str:
         f"{', '.join(near) or 'none'}. Give one of them, an index into net.children(), -1 for "
         "the network's own output, or 'auto'."
     )
+
+
+def _equal(a: Any, b: Tensor) -> bool:
+    return isinstance(a, Tensor) and torch.equal(a, b)
 
 
 def _same(a: Any, b: Any) -> bool:

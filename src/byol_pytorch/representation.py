@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.probe import call
+from byol_pytorch.probe import call, tensors
 
 Pool = Callable[[Any], Tensor]
 
@@ -113,7 +113,15 @@ class Representation:
 def copy_for_target(net: nn.Module, source: Source) -> nn.Module:
     """A deep copy of `net` without taps, and without the head that its representation skips."""
     root = uncompiled(net)
-    memo: dict[int, Any] = {}
+    # A deepcopy refuses what has a history: weights that torch.nn.utils.weight_norm computes anew
+    # in each forward, features that a network keeps.
+    memo: dict[int, Any] = {
+        id(x): x.detach().clone()
+        for module in root.modules()
+        for held in vars(module).values()
+        for x in tensors(held)
+        if not x.is_leaf
+    }
     if source.droppable:
         memo[id(root.get_submodule(source.layer))] = nn.Identity()
     try:

@@ -62,6 +62,8 @@ class Target(nn.Module):
         for module in self.modules():
             if not self.dropout and _drops(module):
                 module.training = False
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0  # fused attention reads it off its dropout, whatever its mode
 
     @torch.no_grad()
     def update(self, net: nn.Module, projector: nn.Module, decay: float) -> None:
