@@ -41,6 +41,7 @@ def common_flags(parser: argparse.ArgumentParser, batch_size: int = 256) -> None
     add("--model-args", type=json.loads, default={}, help="JSON, for the model's constructor")
     add("--small-stem", action="store_true", help="a ResNet's first layers for 32 px")
     add("--checkpoint", help="a file for checkpoint.load_backbone, or timm; none: random weights")
+    add("--padding", choices=("same", "torch"), help="for DeepMind's weights, which need same")
     add("--output", type=Path, default=Path("runs") / Path(sys.argv[0]).stem, help="a folder")
     add("--json", type=Path, help="where the figures go (default: OUTPUT/results.json)")
     add("--image-size", type=int, help="pixels (default: the checkpoint's or the model's)")
@@ -94,13 +95,14 @@ def open_backbone(args: argparse.Namespace, **options: Any) -> tuple[nn.Module, 
         if pretrained:
             facts = replace(facts, mean=tuple(config["mean"]), std=tuple(config["std"]))
         elif args.checkpoint:
-            report = load_backbone(args.checkpoint, net)
+            report = load_backbone(args.checkpoint, net, padding=args.padding)
             known = {"mean": report.mean, "std": report.std}
             known["image_size"] = report.image_size and max(report.image_size)
             facts = replace(facts, start=Path(args.checkpoint).name)
             facts = replace(facts, **{name: value for name, value in known.items() if value})
-            tell(f"{args.checkpoint}: {len(report.loaded)} tensors loaded, {len(report.missing)} "
-                 f"of the network kept, {len(report.unexpected)} not used")  # fmt: skip
+            tell(f"{args.checkpoint} ({report.source}): {len(report.loaded)} tensors loaded, of "
+                 f"them {len(report.renamed)} renamed, {len(report.missing)} of the network kept, "
+                 f"{len(report.unexpected)} not used")  # fmt: skip
     except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError, OSError) as error:
         fail(f"--model {args.model}, --checkpoint {args.checkpoint}: {error}")
     if args.image_size:
@@ -170,10 +172,9 @@ def open_labelled(folder: Path) -> tuple[tuple[Source, np.ndarray], tuple[Source
     class is tested on, and left out of training.
     """
     train, test = open_data(folder)
-    for source in (train, test):
-        without = np.flatnonzero(source.labels < 0) if source else ()
-        if len(without) and len(without) < len(source) and source is train and test is not None:
-            continue  # STL-10's unlabelled part, which training leaves out
+    some = test is not None and (train.labels >= 0).any()  # as STL-10: training leaves others out
+    for source in [source for source in (None if some else train, test) if source]:
+        without = np.flatnonzero(source.labels < 0)
         if len(without):
             fail(f"--data {folder}: {len(without)} of {len(source)} images have no label, the "
                  f"first is {source.name(int(without[0]))}. Expected one folder for each class, "

@@ -124,7 +124,8 @@ def fine_tuned(start: str, percent: float, args: argparse.Namespace) -> float:
         start if start in ("random", "timm") else f"{args.starts.index(start)}-{Path(start).stem}"
     )
     output = args.output / f"{name}-{percent:g}"
-    shared = ("data", "model", "image_size", "batch_size", "workers", "device", "seed", "dtype")
+    shared = ("data", "model", "image_size", "batch_size", "workers", "device", "seed", "dtype",
+              "padding")  # fmt: skip
     given = {name.replace("_", "-"): getattr(args, name) for name in shared}
     given |= {"model-args": json.dumps(args.model_args), "labels": percent, "output": output}
     given["checkpoint"] = weights(start)
