@@ -11,7 +11,6 @@ nearly the same.
 """
 
 import argparse
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from pretrain_data import CENTRE, Source, open_data, open_image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from byol_pytorch.checkpoint import replacing
 from byol_pytorch.evaluation.features import extract_features
 from byol_pytorch.evaluation.neighbours import nearest_neighbours
 
@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     net, facts = open_backbone(args)
     found, kept = embed(net, source, facts, args)
     names = [source.name(i) for i in kept]
-    np.save(args.output / "embeddings.tmp.npy", found.numpy())
-    (args.output / "embeddings.tmp.npy").replace(args.output / "embeddings.npy")
+    with replacing(args.output / "embeddings.npy") as file:
+        np.save(file, found.numpy())
     write_whole(args.output / "paths.txt", "".join(f"{name}\n" for name in names))
     if args.duplicates:
         answer = alike(found, names, args.duplicates)
@@ -232,11 +232,8 @@ def draw(path: Path, source: Source, kept: list[int], answer: Answer) -> None:
             ax.imshow(ImageOps.fit(picture(source, kept[number]), (TILE, TILE)))
             name = Path(source.name(kept[number])).name[-18:]
             ax.set_title(f"{caption}\n{name}".strip(), fontsize=6)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(data.getvalue())
-    temporary.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from byol_pytorch.checkpoint import load_backbone
+from byol_pytorch.checkpoint import load_backbone, replacing
 
 Transform = Callable[[Any], Tensor]
 Cell = str | float | None  # of a table: None is a figure that does not exist
@@ -268,13 +268,8 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` such that the old or the new file is there at every moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def tell(text: str) -> None:

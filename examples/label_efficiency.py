@@ -32,6 +32,7 @@ from evaluation_parts import (
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from byol_pytorch.checkpoint import replacing
 from byol_pytorch.evaluation.features import extract_features
 from byol_pytorch.evaluation.knn import knn_accuracy
 from byol_pytorch.evaluation.linear import linear_probe
@@ -156,9 +157,8 @@ def report(figures: Figures, images: dict[float, int], args: argparse.Namespace)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 accuracy, %")
     axes[0].legend()
-    temporary = args.output / ".label_efficiency.png"
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(args.output / "label_efficiency.png")
+    with replacing(args.output / "label_efficiency.png") as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,7 @@ Nothing here trains or measures. Every file appears whole or not at all.
 """
 
 import json
-import os
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,8 @@ from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from quickstart_data import Pictures, fail
 from sklearn.manifold import TSNE
 from torch import Tensor
+
+from byol_pytorch.checkpoint import replacing
 
 Features = tuple[Tensor, Tensor]  # (N, D) of the training and of the test images
 
@@ -109,19 +108,8 @@ def save_json(
             for run in runs
         ],
     }
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; the file takes its name when it is complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 # The picture ------------------------------------------------------------------------------------
@@ -150,8 +138,8 @@ def draw(
     for part, (name, given) in zip(bottom.subfigures(1, 2), features.items(), strict=True):
         draw_map(part.subplots(), name, pictures, given[1], shown)
     draw_legend(bottom, pictures.classes)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
 
 
 def headline(accuracy: dict[str, dict[str, float]]) -> str:

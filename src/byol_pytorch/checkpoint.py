@@ -28,6 +28,7 @@ __all__ = [
     "keep_last",
     "load",
     "load_backbone",
+    "replacing",
     "same_padding",
     "save",
 ]
