@@ -166,6 +166,15 @@ def test_a_folder_of_masks(tmp_path: Path, test: str) -> None:
     assert torch.equal(mask == 255, torch.from_numpy(draw_mask(1) == 11))
 
 
+def test_a_number_below_the_classes_may_mean_no_class(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        mask = np.array([[0, 1], [2, 1]], np.uint8).repeat(24, 0).repeat(32, 1)
+        write(tmp_path / split, "0", 0, mask)
+    train, _ = script.open_masks(tmp_path, None, 0)
+    _, mask = train.read(0)
+    assert sorted(mask.unique().tolist()) == [1, 2, 255] and (mask[:24, :32] == 255).all()
+
+
 def test_voc_with_sbd_takes_its_masks_from_both_folders(tmp_path: Path) -> None:
     make_voc(tmp_path / "VOCdevkit" / "VOC2012")
     train, test = script.open_masks(tmp_path, None, 255)
