@@ -27,13 +27,14 @@ from evaluation_parts import (
     fail,
     image_loader,
     open_backbone,
+    picture,
     tell,
     write_results,
     write_whole,
 )
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
-from pretrain_data import CENTRE, Source, open_data, open_image
+from PIL import ImageOps
+from pretrain_data import CENTRE, Source, open_data
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -211,13 +212,6 @@ def near_duplicates(found: Tensor, least: float, k: int = 20) -> list[tuple[int,
     }
     pairs = [(a, b, c) for (a, b), c in found_pairs.items()]
     return sorted(pairs, key=lambda pair: (-pair[2], *pair[:2]))
-
-
-def picture(source: Source, index: int) -> Image.Image:
-    data = source.read(index)
-    if isinstance(data, Tensor):
-        return Image.fromarray(data.permute(1, 2, 0).numpy())
-    return open_image(data).convert("RGB")
 
 
 def draw(path: Path, source: Source, kept: list[int], answer: Answer) -> None:

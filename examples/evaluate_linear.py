@@ -17,9 +17,7 @@ import torch
 from evaluation_data import (
     Watched,
     balanced,
-    keep,
     open_images,
-    saved,
     test_loader,
     training_loader,
 )
@@ -38,7 +36,15 @@ from evaluation_parts import (
     tell,
     write_results,
 )
-from finetune_loop import identity, join_processes, leave_processes, rank, world_size
+from finetune_loop import (
+    identity,
+    join_processes,
+    keep,
+    leave_processes,
+    rank,
+    saved,
+    world_size,
+)
 from pretrain_data import CENTRE
 from pretrain_state import the_only_run
 from pretrain_watch import Journal
@@ -157,6 +163,7 @@ def online(
     with the_only_run(args.output, rank()):
         state, done = saved(path, now), 0
         if state:
+            tell(f"goes on from {path}")
             heads.load_state_dict(state["heads"])
             done = state["epoch"]
         steps = len(loader)

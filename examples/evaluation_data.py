@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluation_parts import Labelled, fail, image_loader, open_labelled, tell
-from finetune_loop import rank, seed_of, world_size
+from evaluation_parts import Labelled, fail, image_loader, open_labelled
+from finetune_loop import rank, world_size
 from pretrain_data import Files, Source
+from pretrain_state import seed_of
 from pretrain_watch import Journal
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from byol_pytorch import checkpoint
 from byol_pytorch.evaluation.features import shard
 
 Part = tuple[Source, np.ndarray]  # a source and the numbers of its images
@@ -201,34 +201,3 @@ class Watched:
         for batch in self.loader:
             yield batch
             self.journal.advance()
-
-
-def keep(state: dict[str, Any], path: Path) -> None:
-    """Write the state of a run on rank 0, whole or not at all."""
-    if rank():
-        return
-    try:
-        checkpoint.save(state, path)
-    except OSError as error:
-        fail(f"{path} cannot be written: {error}.")
-
-
-def saved(path: Path, now: dict[str, str]) -> dict[str, Any] | None:
-    """The state to go on from, where there is one; a run that differs from this one is refused."""
-    if not path.exists():
-        return None
-    try:
-        state = checkpoint.load(path)
-        before = state["identity"]
-    except (ValueError, OSError, KeyError) as error:
-        fail(f"{path} is no state of this script: {error} Give another --output to start anew.")
-    changed = [
-        f"{name.replace('_', '-')} {before.get(name)} there and {now.get(name)} now"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        fail(f"{path} is of another run: {'; '.join(changed)}. Give the same flags, or another "
-             "--output.")  # fmt: skip
-    tell(f"goes on from {path}")
-    return state

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import timm
 import torch
 import torchvision
+from backbone import shrink_stem, timm_model
 from PIL import Image
 from pretrain_data import CENTRE, Source, open_data, open_image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -115,20 +115,14 @@ def build(
     name: str, image_size: int | None, pretrained: bool, small_stem: bool, options: dict[str, Any]
 ) -> nn.Module:
     """timm's model `name`, without a classifier unless num_classes says so, or torchvision's."""
-    if name.startswith("torchvision/"):
-        if pretrained:
-            raise ValueError("--checkpoint timm goes with timm's models alone.")
-        net = torchvision.models.get_model(name.removeprefix("torchvision/"), **options)
+    if not name.startswith("torchvision/"):
+        net = timm_model(name, image_size, {"pretrained": pretrained, **options})
+    elif pretrained:
+        raise ValueError("--checkpoint timm goes with timm's models alone.")
     else:
-        options = {"pretrained": pretrained, "num_classes": 0, **options}
-        try:  # vision transformers have to know
-            net = timm.create_model(name, **({"img_size": image_size} if image_size else {}),
-                                    **options)  # fmt: skip
-        except TypeError:
-            net = timm.create_model(name, **options)
+        net = torchvision.models.get_model(name.removeprefix("torchvision/"), **options)
     if small_stem:
-        width = net.conv1.out_channels
-        net.conv1, net.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
+        shrink_stem(net)
     return net
 
 
@@ -157,9 +151,8 @@ class Labelled(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
         index = int(self.indices[number])
-        data = self.source.read(index)
         try:
-            image = open_image(data).convert("RGB") if isinstance(data, bytes) else picture(data)
+            image = picture(self.source, index)
         except (OSError, ValueError) as error:
             raise RuntimeError(f"{self.source.name(index)} cannot be read: {error}") from error
         return self.transform(image), int(self.source.labels[index])
@@ -233,8 +226,12 @@ def image_loader(
     )
 
 
-def picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
+def picture(source: Source, index: int) -> Image.Image:
+    """RGB; raises OSError or ValueError where the image cannot be read."""
+    data = source.read(index)
+    if isinstance(data, bytes):
+        return open_image(data).convert("RGB")
+    return Image.fromarray(data.permute(1, 2, 0).numpy())
 
 
 # Results ----------------------------------------------------------------------------------------

@@ -11,19 +11,17 @@ import argparse
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from evaluation_data import (
     balanced,
-    keep,
     listed,
     open_images,
-    saved,
     test_loader,
     training_loader,
 )
@@ -41,16 +39,19 @@ from evaluation_parts import (
     write_results,
 )
 from finetune_loop import (
+    add_flags,
     autocast,
+    flag,
     identity,
     join_processes,
+    keep,
     leave_processes,
     parallel,
     rank,
-    seed_of,
+    saved,
     world_size,
 )
-from pretrain_state import the_only_run
+from pretrain_state import seed_of, the_only_run
 from pretrain_watch import Journal
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
@@ -59,24 +60,26 @@ from torch.utils.data import DataLoader
 from byol_pytorch.optim import scaled_lr, warmup_cosine
 
 
-def flag(text: str, default: Any) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Recipe:
     """SGD without warm-up on crops and flips. The defaults: epochs, batch and the middle of the
     rates and multipliers of MMSelfSup; Nesterov, cosine and no decay of the paper."""
 
-    epochs: int = flag("passes over the labelled images", 20)
-    total_batch: int = flag("images of one step over all processes", 256)
-    base_lr: float = flag("the backbone's learning rate for 256 images, scaled linearly", 0.01)
-    head_multiplier: float = flag("the head's learning rate in units of the backbone's", 10.0)
-    momentum: float = flag("of SGD", 0.9)
-    nesterov: bool = flag("Nesterov's momentum", True)
-    weight_decay: float = flag("of all parameters", 0.0)
-    milestones: tuple[int, ...] = flag("epochs at which the rate falls; none: half cosine to 0", ())
-    gamma: float = flag("to this part it falls", 0.1)
+    epochs: int = flag("passes over the labelled images", default=20)
+    total_batch: int = flag("images of one step over all processes", default=256)
+    base_lr: float = flag(
+        "the backbone's learning rate for 256 images, scaled linearly", default=0.01
+    )
+    head_multiplier: float = flag(
+        "the head's learning rate in units of the backbone's", default=10.0
+    )
+    momentum: float = flag("of SGD", default=0.9)
+    nesterov: bool = flag("Nesterov's momentum", default=True)
+    weight_decay: float = flag("of all parameters", default=0.0)
+    milestones: tuple[int, ...] = flag(
+        "epochs at which the rate falls; none: half cosine to 0", default=()
+    )
+    gamma: float = flag("to this part it falls", default=0.1)
 
 
 # MMSelfSup, configs/benchmarks/classification/imagenet/imagenet_{1,10}percent/
@@ -136,6 +139,7 @@ def fine_tune(
     with the_only_run(args.output, rank()):
         state, history = saved(path, now), []
         if state:
+            tell(f"goes on from {path}")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             history = state["history"]
@@ -266,16 +270,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
         "percent")  # fmt: skip
     add("--recipe", choices=RECIPES, default="semi-supervised", help="what the rest defaults to")
     group = parser.add_argument_group("recipe", Recipe.__doc__)
-    hints = get_type_hints(Recipe)
-    for f in fields(Recipe):
-        values = ", ".join(f"{name} {shown(getattr(r, f.name))}" for name, r in RECIPES.items())
-        how: dict[str, Any] = {"type": hints[f.name]}
-        if hints[f.name] is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif f.name == "milestones":
-            how = {"type": int, "nargs": "*"}
-        text = f"{f.metadata['help']} (default: {values})"
-        group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **how)
+    add_flags(group, RECIPES)
     args = parser.parse_args(argv)
     join_processes(args)
     check_common(args)
@@ -291,10 +286,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
     if not 0 <= recipe.momentum < 1 or (recipe.nesterov and not recipe.momentum):
         fail(f"--momentum {recipe.momentum}; expected it in [0, 1), and above 0 for --nesterov.")
     return args, recipe
-
-
-def shown(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def report(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from evaluation_parts import DTYPES, check_common, common_flags, fail
 from pretrain_data import leave_signals_to_the_trainer
-from pretrain_state import asked_to_stop, the_only_run
+from pretrain_state import asked_to_stop, seed_of, the_only_run
 from pretrain_watch import Journal
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
@@ -38,9 +39,9 @@ Figures = dict[str, float]
 # Flags ------------------------------------------------------------------------------------------
 
 
-def flag(text: str) -> Any:
+def flag(text: str, **default: Any) -> Any:
     """A field of a protocol, and what --help says of it and of where its default is from."""
-    return field(metadata={"help": text})
+    return field(metadata={"help": text}, **default)
 
 
 def protocol_parser(description: str, protocols: dict[str, Any]) -> argparse.ArgumentParser:
@@ -60,23 +61,29 @@ def protocol_parser(description: str, protocols: dict[str, Any]) -> argparse.Arg
     add("--protocol", choices=protocols, default=next(iter(protocols)),
         help="what the flags below default to (default: %(default)s)")  # fmt: skip
     group = parser.add_argument_group("protocol", "published defaults, with their sources")
+    add_flags(group, protocols)
+    return parser
+
+
+def add_flags(group: Any, protocols: dict[str, Any]) -> None:
+    """One for every field of the protocols' dataclass; None where it is not given."""
     kind = type(next(iter(protocols.values())))
     hints = get_type_hints(kind)
     for f in fields(kind):
-        values = [f"{name} {shown(getattr(p, f.name))}" for name, p in protocols.items()]
-        text = f"{f.metadata['help']} (default: {', '.join(values)})".replace("%", "%%")
+        values = {name: getattr(protocol, f.name) for name, protocol in protocols.items()}
+        listed = ", ".join(f"{name} {shown(value)}" for name, value in values.items())
+        text = f"{f.metadata['help']} (default: {listed})".replace("%", "%%")
         hint = hints[f.name]
         how: dict[str, Any] = {"type": hint}
         if hint is bool:
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(hint, types.GenericAlias):  # tuple[int, ...]
-            how = {"type": get_args(hint)[0], "nargs": "+"}
+            how = {"type": get_args(hint)[0], "nargs": "*" if () in values.values() else "+"}
         group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **how)
-    return parser
 
 
 def shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def parse(
@@ -246,7 +253,7 @@ def fine_tune(
                 journal.figures(step, figures)
                 history.append({"step": step, **figures})
             halt = agreed(bool(stop), step, args)
-            if (step % args.save_every == 0 or last or halt) and rank() == 0:
+            if step % args.save_every == 0 or last or halt:
                 save(step, net, optimizer, scaler, history, len(images), args)
             if halt and not last:
                 journal.note(step, "stopped as asked; the same command goes on from here")
@@ -261,10 +268,6 @@ def parallel(net: nn.Module, args: argparse.Namespace) -> nn.Module:
         return net
     ids = [torch.device(args.device).index] if args.device.startswith("cuda") else None
     return DistributedDataParallel(net, device_ids=ids)
-
-
-def seed_of(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def mean_of(losses: list[dict[str, Tensor]]) -> Figures:
@@ -320,22 +323,39 @@ def save(
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
     }
-    try:
-        checkpoint.save(state, args.output / "last.pt")
-    except OSError as error:
-        fail(f"{args.output / 'last.pt'} cannot be written: {error}.")
+    keep(state, args.output / "last.pt")
 
 
 def read(
     net: nn.Module, optimizer: Any, scaler: Any, images: int, args: argparse.Namespace
 ) -> tuple[int, list[Figures]]:
     """The step to go on from and the evaluations before it; 0 and none without a last.pt."""
-    path = args.output / "last.pt"
-    if not path.exists():
+    state = saved(args.output / "last.pt", identity(images, args))
+    if state is None:
         return 0, []
+    net.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state["step"], state["history"]
+
+
+def keep(state: dict[str, Any], path: Path) -> None:
+    """Write the state of a run on rank 0, whole or not at all."""
+    if rank():
+        return
+    try:
+        checkpoint.save(state, path)
+    except OSError as error:
+        fail(f"{path} cannot be written: {error}.")
+
+
+def saved(path: Path, now: dict[str, str]) -> dict[str, Any] | None:
+    """The state to go on from, where there is one; a run that differs from this one is refused."""
+    if not path.exists():
+        return None
     try:
         state = checkpoint.load(path)
-        before, now = state["identity"], identity(images, args)
+        before = state["identity"]
     except (ValueError, OSError, KeyError) as error:
         fail(f"{path} is no state of this script: {error} Give another --output to start anew.")
     changed = [
@@ -346,7 +366,4 @@ def read(
     if changed:
         fail(f"{path} is of another run: {'; '.join(changed)}. Give the same flags, or another "
              "--output.")  # fmt: skip
-    net.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state["step"], state["history"]
+    return state

@@ -16,10 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import numpy as np
 import timm
 import torch
 import torch.distributed as dist
+from backbone import shrink_stem, timm_model
 from pretrain_data import Files, Source, TrainingImages, fail, make_loader, on_device, open_data
 from pretrain_state import (
     Order,
@@ -30,6 +30,7 @@ from pretrain_state import (
     read_checkpoint,
     restore,
     save,
+    seed_of,
     the_only_run,
     what_changed,
 )
@@ -364,10 +365,6 @@ def make_plan(
     )  # fmt: skip
 
 
-def seed_of(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
 # The parts of a run -----------------------------------------------------------------------------
 
 
@@ -416,14 +413,10 @@ def build_learner(
 
 
 def make_net(recipe: Recipe, pretrained: bool) -> nn.Module:
-    options = {"pretrained": pretrained, "num_classes": 0, **recipe.model_args}
-    try:  # vision transformers have to know
-        net = timm.create_model(recipe.model, img_size=recipe.image_size, **options)
-    except TypeError:
-        net = timm.create_model(recipe.model, **options)
+    options = {"pretrained": pretrained, **recipe.model_args}
+    net = timm_model(recipe.model, recipe.image_size, options)
     if recipe.small_stem:
-        width = net.conv1.out_channels
-        net.conv1, net.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
+        shrink_stem(net)
     return checkpoint.same_padding(net) if recipe.same_padding else net
 
 

@@ -81,6 +81,11 @@ def epoch_order(source: Source, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed of its own for these numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 # Stopping and going on ---------------------------------------------------------------------------
 
 

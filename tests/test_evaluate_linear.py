@@ -19,6 +19,7 @@ sys.path.insert(0, EXAMPLES)
 
 import evaluate_linear  # noqa: E402
 import evaluation_data  # noqa: E402
+import finetune_loop  # noqa: E402
 from evaluation_parts import Facts  # noqa: E402
 
 TINY = (
@@ -169,14 +170,14 @@ def test_a_killed_run_goes_on_exactly(
 ) -> None:
     flags = (*TINY, "--protocol", "multi-head", "--base-lrs", 0.1, 1)
     whole = run(data, tmp_path / "whole", *flags)
-    save, count = evaluation_data.checkpoint.save, []
+    save, count = finetune_loop.checkpoint.save, []
 
     def saves_twice(*arguments: Any) -> None:
         if len(count) == 2:
             raise Killed
         count.append(save(*arguments))
 
-    monkeypatch.setattr(evaluation_data.checkpoint, "save", saves_twice)
+    monkeypatch.setattr(finetune_loop.checkpoint, "save", saves_twice)
     with pytest.raises(Killed):
         run(data, tmp_path / "cut", *flags)
     monkeypatch.undo()

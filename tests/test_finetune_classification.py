@@ -21,6 +21,7 @@ sys.path.insert(0, EXAMPLES)
 
 import evaluation_data  # noqa: E402
 import finetune_classification as script  # noqa: E402
+import finetune_loop  # noqa: E402
 from evaluation_data import balanced, listed, open_images  # noqa: E402
 
 # Layer norm, so that only the sums see how a batch is split.
@@ -244,14 +245,14 @@ def test_a_killed_run_goes_on_exactly(
     flags = (*TINY, "--model", "resnet10t", "--base-lr", 0.1, "--model-args",
              '{"channels": [4, 4, 8, 8], "drop_rate": 0.5, "drop_path_rate": 0.5}')  # fmt: skip
     whole = run(data, tmp_path / "whole", *flags)
-    save, count = evaluation_data.checkpoint.save, []
+    save, count = finetune_loop.checkpoint.save, []
 
     def saves_once(*arguments: Any) -> None:
         if count:
             raise Killed
         count.append(save(*arguments))
 
-    monkeypatch.setattr(evaluation_data.checkpoint, "save", saves_once)
+    monkeypatch.setattr(finetune_loop.checkpoint, "save", saves_once)
     with pytest.raises(Killed):
         run(data, tmp_path / "cut", *flags)
     monkeypatch.undo()

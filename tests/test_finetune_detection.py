@@ -2,10 +2,8 @@
 whole runs on tiny images."""
 
 import json
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,10 @@ from pycocotools import mask as run_lengths  # noqa: E402
 
 from byol_pytorch import checkpoint  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("finetune_detection")
+pytestmark = [
+    pytest.mark.xdist_group("finetune_detection"),
+    pytest.mark.usefixtures("signals_as_before"),
+]
 
 TINY = (
     *("--model", "resnet10t", "--model-args", '{"channels": [4, 4, 8, 8]}', "--device", "cpu"),
@@ -34,15 +35,6 @@ TINY = (
     *("--train-sizes", "48", "64", "--image-size", "64", "--anchors", "8", "16", "32", "64", "128"),
     *("--regions", "8", "--proposals", "10", "--detections", "5", "--log-every", "1"),
 )
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 # Tiny data --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,10 @@ from evaluation_parts import Facts  # noqa: E402
 
 from byol_pytorch import checkpoint  # noqa: E402
 
-pytestmark = pytest.mark.xdist_group("finetune_segmentation")
+pytestmark = [
+    pytest.mark.xdist_group("finetune_segmentation"),
+    pytest.mark.usefixtures("signals_as_before"),
+]
 
 TINY = (
     *("--model", "resnet10t", "--model-args", '{"channels": [4, 4, 8, 8]}', "--device", "cpu"),
@@ -36,15 +39,6 @@ TINY = (
 )
 PLAIN = Facts("none", "none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 COLOURS = np.array([[20, 20, 20], [220, 40, 40], [40, 220, 40]], np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
 
 
 # Tiny data --------------------------------------------------------------------------------------

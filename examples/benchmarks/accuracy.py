@@ -30,7 +30,7 @@ from typing import Any
 import timm
 import torch
 from accuracy_parts import BATCH, METHODS, OURS, RUNGS, Rung, build
-from quickstart import RECIPE, endless_batches
+from quickstart import RECIPE, endless_batches, lr_factor
 from torch import Tensor
 from tqdm import tqdm
 
@@ -186,14 +186,6 @@ def train(net: Any, rung: Rung, run: Run, args: argparse.Namespace) -> tuple[flo
         losses.append(loss.detach())
     used = time.process_time() - start
     return torch.stack(losses[-max(1, run.steps // 10) :]).mean().item(), used
-
-
-def lr_factor(step: int, steps: int) -> float:
-    """The quick start's: a linear warm-up, then a half cosine to 0."""
-    warmup = max(1, round(RECIPE.warmup * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def accuracies(net: Any, rung: Rung) -> tuple[float, float]:
