@@ -20,7 +20,16 @@ import timm
 import torch
 import torch.distributed as dist
 from backbone import shrink_stem, timm_model
-from pretrain_data import Files, Source, TrainingImages, fail, make_loader, on_device, open_data
+from pretrain_data import (
+    Crop,
+    Files,
+    Source,
+    TrainingImages,
+    fail,
+    make_loader,
+    on_device,
+    open_data,
+)
 from pretrain_state import (
     Order,
     Progress,
@@ -35,6 +44,7 @@ from pretrain_state import (
     what_changed,
 )
 from pretrain_watch import Journal, Watch, describe
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -55,6 +65,7 @@ class Recipe:
     base_decay: float  # of the target's moving average
     constant_decay: bool = False  # instead of rising to 1 by a half cosine
     warmup_epochs: float = 10
+    layer_decay: float = 1.0  # of the learning rate, from each layer to the one below it
     optimizer: str = "lars"
     batch_size: int = 4096  # images of one optimizer step, over all devices and accumulated
     accumulate: int = 1  # backward passes of one optimizer step
@@ -66,9 +77,14 @@ class Recipe:
     freeze_bn: bool = False  # batch norm keeps its statistics, to go on from existing weights
     image_size: int = 224
     views: str = "imagenet"  # a preset of byol_pytorch.augment
+    view_args: dict[str, Any] = field(default_factory=dict)  # JSON, what differs from the preset
     projection_size: int = 256
     projection_hidden_size: int = 4096
     loss_scale: float = 1.0  # for SGD, which the loss' scale matters to
+
+    @property
+    def crop(self) -> Crop:
+        return Crop(**{k: v for k, v in self.view_args.items() if k in ("scale", "ratio")})
 
 
 # arXiv 2006.07733, section 3.3, and for all three lengths byol/configs/byol.py of DeepMind's code
@@ -170,8 +186,9 @@ def train(
     batches = views.batches(progress.step)
     while progress.step < plan.steps:
         step = progress.step
+        lr = warmup_cosine(step, plan.steps, plan.warmup_steps, plan.lr)
         for group in optimizer.param_groups:
-            group["lr"] = warmup_cosine(step, plan.steps, plan.warmup_steps, plan.lr)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         draws = views.draw(step)
         undo.remember()
         optimizer.zero_grad()
@@ -200,7 +217,7 @@ def train(
 
         due = progress.step % args.save_every == 0 or progress.step == plan.steps
         asked = verdicts.count(progress, all_of_them=due)
-        watch.look(norm, optimizer.param_groups[0]["lr"], everything=due or asked)
+        watch.look(norm, lr, everything=due or asked)
         watch.stop_if_skipping()
         if due or asked or watch.too_many_bad():
             error = save(progress, learner, optimizer, scaler, plan, args)
@@ -226,7 +243,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     hints = get_type_hints(Recipe)
     group = parser.add_argument_group("recipe", "the class Recipe says what each of these is")
     for f in fields(Recipe):
-        kind = json_object if f.name == "model_args" else hints[f.name]
+        kind = json_object if f.default_factory is dict else hints[f.name]
         how = {"action": switch} if kind is bool else {"type": kind}
         group.add_argument("--" + f.name.replace("_", "-"), default=None, **how)
     add("--lr", type=float, help="peak learning rate itself, instead of --base-lr")
@@ -263,7 +280,7 @@ def json_object(text: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        fail(f"--model-args {text} is no JSON object, such as '{{\"drop_path_rate\": 0.1}}'.")
+        fail(f"{text} is no JSON object: --model-args '{{\"drop_path_rate\": 0.1}}' has one.")
     return value
 
 
@@ -291,6 +308,15 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
             fail(f"--{low[0].replace('_', '-')} must be {least} or more.")
     if not 0 <= recipe.base_decay <= 1:
         fail(f"--base-decay {recipe.base_decay} is not in [0, 1].")
+    if not 0 < recipe.layer_decay <= 1:
+        fail(f"--layer-decay {recipe.layer_decay} is not in (0, 1]: 0.75 is usual, 1 is none.")
+    for name in ("mean", "std", "crop", "dtype", "channels_last"):
+        if name in recipe.view_args:
+            fail(f"--view-args has {name}, which the run sets itself: leave it out.")
+    try:
+        byol_views(recipe.image_size, recipe.views, **recipe.view_args)
+    except (ValueError, TypeError) as error:
+        fail(f"--view-args {json.dumps(recipe.view_args)} makes no views: {error}")
     if args.fsdp and args.amp == "fp16":
         fail("--fsdp needs --amp bf16 or none: fp16's loss scale is not shared between shards.")
 
@@ -435,11 +461,26 @@ def initialise(net: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any
 
 def build_optimizer(learner: BYOL, recipe: Recipe, plan: Plan) -> torch.optim.Optimizer:
     groups = param_groups(learner, recipe.weight_decay)
+    if recipe.layer_decay < 1:
+        groups = by_layer(groups, learner.net, recipe.layer_decay)
     if recipe.optimizer == "lars":
         return LARS(groups, plan.lr)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, plan.lr, fused=True)  # its step count on the device
     return torch.optim.SGD(groups, plan.lr, momentum=0.9)
+
+
+def by_layer(groups: list[dict[str, Any]], net: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """The groups split by timm's layers of `net`, each with its `lr_scale`; the heads' is 1."""
+    layers = param_groups_layer_decay(net, layer_decay=decay)
+    scales = {p: layer["lr_scale"] for layer in layers for p in layer["params"]}
+    split = []
+    for group in groups:
+        parts: dict[float, list[Tensor]] = {}
+        for p in group["params"]:
+            parts.setdefault(scales.get(p, 1.0), []).append(p)
+        split += [{**group, "params": part, "lr_scale": scale} for scale, part in parts.items()]
+    return split
 
 
 def parallel(learner: BYOL, plan: Plan, args: argparse.Namespace) -> nn.Module:
@@ -476,7 +517,9 @@ class Views:
     ) -> None:  # fmt: skip
         mean, std = normalisation
         self.recipe, self.plan, self.args = recipe, plan, args
-        self.data = TrainingImages(source, recipe.image_size, args.seed, args.decode_size)
+        self.data = TrainingImages(
+            source, recipe.image_size, args.seed, args.decode_size, recipe.crop
+        )
         self.shape = self.data.shape or (recipe.image_size, recipe.image_size)
         self.pair = byol_views(
             recipe.image_size,
@@ -485,6 +528,7 @@ class Views:
             mean=mean,
             std=std,
             channels_last=args.channels_last,
+            **recipe.view_args,
         )
         self.transforms = [view.transform for view in self.pair]
         if args.compile:

@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
-SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # random resized crop: arXiv 2006.07733, appendix B
 CENTRE = 224 / 256  # the part of the short edge that an evaluation sees
 ATTEMPTS = 100  # unreadable images in a row after which the data must be gone
 TEST_FOLDERS = ("val", "valid", "validation", "test")
@@ -292,6 +291,14 @@ class Request(NamedTuple):
     images: np.ndarray
 
 
+@dataclass(frozen=True)
+class Crop:
+    """Of random resized crops: the part of the area, width over height (paper, appendix B)."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
 @dataclass
 class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
     """A request's images as uint8 tensors, with those that could not be read.
@@ -305,6 +312,7 @@ class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
     size: int
     seed: int
     decode_size: int | None = None
+    crop: Crop = Crop()  # of those drawn here
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -335,7 +343,7 @@ class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
             return [central_square(data, 1.0, self.decode_size)]
         if self.source.size is None:
             assert isinstance(data, bytes)
-            return two_crops(data, self.size, rng)
+            return two_crops(data, self.size, rng, self.crop)
         image = data if isinstance(data, Tensor) else pixels(open_image(data))
         if image.shape[1:] != self.source.size:
             raise ValueError(f"the size is {tuple(image.shape[1:])}, not {self.source.size}")
@@ -418,11 +426,13 @@ def pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def two_crops(data: bytes, size: int, rng: np.random.Generator) -> list[Tensor]:
+def two_crops(
+    data: bytes, size: int, rng: np.random.Generator, crop: Crop = Crop()
+) -> list[Tensor]:
     """Two random resized crops (3, size, size) of one decoding."""
     image = open_image(data)
     width, height = image.size
-    boxes = [draw_box(rng, height, width) for _ in range(2)]
+    boxes = [draw_box(rng, height, width, crop) for _ in range(2)]
     # A JPEG can be decoded smaller where both crops keep twice the pixels of their views a side:
     # the decoder's filter is another one, and then it leaves no trace.
     reduced(image, min(min(h, w) for _, _, h, w in boxes) // (2 * size))
@@ -460,22 +470,26 @@ def resize(image: Tensor, size: int) -> Tensor:
     return F.interpolate(image[None], (size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
-def draw_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+def draw_box(
+    rng: np.random.Generator, height: int, width: int, crop: Crop = Crop()
+) -> tuple[int, int, int, int]:
     """Top, left, height, width as torchvision's RandomResizedCrop draws them."""
-    low, high = map(math.log, RATIO)
+    low, high = map(math.log, crop.ratio)
     for _ in range(10):
-        area = height * width * rng.uniform(*SCALE)
+        area = height * width * rng.uniform(*crop.scale)
         ratio = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
             return int(top), int(left), h, w
-    w = min(width, max(1, round(height * RATIO[1])))
-    h = min(height, max(1, round(width / RATIO[0])))
+    w = min(width, max(1, round(height * crop.ratio[1])))
+    h = min(height, max(1, round(width / crop.ratio[0])))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def upsampled_share(source: Source, size: int, decode_size: int | None) -> float:
+def upsampled_share(
+    source: Source, size: int, decode_size: int | None, crop: Crop = Crop()
+) -> float:
     """The part of all crops with fewer pixels than their view, from up to 500 images."""
     rng, small, drawn = np.random.default_rng(0), 0, 0
     for index in range(0, len(source), max(1, len(source) // 500)):
@@ -483,7 +497,7 @@ def upsampled_share(source: Source, size: int, decode_size: int | None) -> float
             shape = (decode_size, decode_size) if decode_size else header_size(source, index)
         except Exception:  # an unreadable file; training counts it
             continue
-        boxes = [draw_box(rng, *shape) for _ in range(20)]
+        boxes = [draw_box(rng, *shape, crop) for _ in range(20)]
         small += sum(h * w < size * size for _, _, h, w in boxes)
         drawn += len(boxes)
     return small / max(1, drawn)

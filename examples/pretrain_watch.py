@@ -448,7 +448,8 @@ def describe(learner: Any, recipe: Any, plan: Any, source: Source, shards: int) 
     """What --dry-run prints; the weights of a run are split into `shards` parts."""
     for name, value in plan.identity.items():
         print(f"{name.replace('_', '-'):24} {value}")
-    share = upsampled_share(source, recipe.image_size, plan.identity["decode_size"])
+    decode_size = plan.identity["decode_size"]
+    share = upsampled_share(source, recipe.image_size, decode_size, recipe.crop)
     print(
         f"\nglobal batch {recipe.batch_size}: {plan.world} processes x {recipe.accumulate} passes "
         f"x {plan.images} images, on {plan.device.type}\n"

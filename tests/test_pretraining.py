@@ -23,6 +23,7 @@ from pretraining_helpers import (
     pretrain_data,
     pretrain_watch,
     run_here,
+    state,
     write_folder,
     write_npz,
 )
@@ -97,6 +98,48 @@ def test_a_recipe_trains(
         same = {name for name in still if torch.equal(still[name], weights[name])}
         assert {name for name in same if name.startswith("patch_embed")}
         assert "blocks.0.attn.qkv.weight" not in same
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_layer_decay_slows_each_layer_by_its_distance_from_the_heads(
+    optimizer: str, npz: Path, tmp_path: Path
+) -> None:
+    flags = ("--optimizer", optimizer, "--steps", 1, "--warmup-epochs", 0, "--weight-decay", 0)
+    flags += ("--model-args", '{"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 8}')
+    weights = {}
+    for name, changes in {
+        "start": ("--lr", 0),
+        "alike": ("--lr", 0.1),
+        "decayed": ("--lr", 0.1, "--layer-decay", 0.5),
+    }.items():
+        run_here(tmp_path / name, "--data", npz, *NORM_FREE, *flags, *changes)
+        weights[name] = state(tmp_path / name)["learner"]
+    scales = {"net.patch_embed.": 0.25, "net.cls_token": 0.25, "net.pos_embed": 0.25}
+    scales |= {"net.blocks.0.": 0.5, "net.blocks.1.": 1.0, "net.norm.": 1.0}
+    scales |= {"projector.": 1.0, "predictor.": 1.0}
+    for name, start in weights["start"].items():
+        scale = next((s for beginning, s in scales.items() if name.startswith(beginning)), None)
+        if scale and "running" not in name and "tracked" not in name:
+            alike, decayed = (weights[run][name] - start for run in ("alike", "decayed"))
+            assert bool(alike.any()), name
+            torch.testing.assert_close(decayed, scale * alike, atol=1e-7, rtol=1e-3, msg=name)
+
+
+def test_the_views_take_other_strengths(folder: Path, tmp_path: Path) -> None:
+    strengths = {"rotate90": 1.0, "jitter": 0, "scale": [0.5, 0.5], "ratio": [1, 1]}
+    flags = ("--view-args", json.dumps(strengths), "--steps", 1)
+    run_here(tmp_path / "run", "--data", folder, *TINY, *flags)
+    recipe, args = imagenet_ddp.parse_arguments(["--data", str(folder), *map(str, (*TINY, *flags))])
+    source, _ = pretrain_data.open_data(folder)
+    plan = imagenet_ddp.make_plan(recipe, args, source, torch.device("cpu"), 0, 1)
+    views = imagenet_ddp.Views(recipe, plan, args, source, ((0.5,) * 3, (0.5,) * 3))
+    for draws in views.draw(0):
+        assert bool((draws["quarter_turns"] > 0).all())
+        assert not draws["jitter"].any()
+    rng = np.random.default_rng(0)
+    for _ in range(9):  # of the crops that the workers draw
+        _, _, height, width = pretrain_data.draw_box(rng, 60, 80, views.data.crop)
+        assert height == width == round((60 * 80 / 2) ** 0.5)
 
 
 def test_the_decay_follows_the_batch_where_asked(npz: Path) -> None:
@@ -562,6 +605,12 @@ def file_for_folder(place: Path) -> list[object]:
         (lambda _: ["--model", "resnet51"], "not a model of timm. Near names: .*resnet"),
         (lambda _: ["--model-args", '{"nonsense": 1}'], "cannot be built as asked: .*nonsense"),
         (lambda _: ["--model-args", "3"], "no JSON object"),
+        (lambda _: ["--view-args", "blur"], "blur is no JSON object"),
+        (lambda _: ["--view-args", '{"blurr": 1}'], "makes no views: .*'blurr'"),
+        (lambda _: ["--view-args", '{"blur": 2}'], "makes no views: blur=2"),
+        (lambda _: ["--view-args", '{"mean": [0]}'], "has mean, which the run sets itself"),
+        (lambda _: ["--layer-decay", 0], "--layer-decay 0.0 is not in"),
+        (lambda _: ["--layer-decay", 1.1], "--layer-decay 1.1 is not in"),
         (lambda _: ["--freeze", "nothing"], "cannot be built as asked: .*nothing"),
         (lambda _: ["--optimizer", "adam"], "--optimizer adam is none of lars"),
         (lambda _: ["--views", "mine"], "--views mine is none of"),
