@@ -10,6 +10,8 @@ import argparse
 import json
 import math
 import os
+import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -21,14 +23,17 @@ import torch
 import torch.distributed as dist
 from backbone import shrink_stem, timm_model
 from pretrain_data import (
+    Bad,
     Crop,
     Files,
     Source,
     TrainingImages,
     fail,
+    hold_out,
     make_loader,
     on_device,
     open_data,
+    resident,
 )
 from pretrain_state import (
     Order,
@@ -144,6 +149,8 @@ def main(argv: list[str] | None = None) -> None:
     device, rank, world = join_processes(args)
     source, test = open_data(args.data)
     check_output(args.output, source)
+    if args.held_out:
+        source, test = hold_out(source, args.held_out)
     plan = make_plan(recipe, args, source, device, rank, world)
     if not args.dry_run:
         pretrain(recipe, plan, args, source, test)
@@ -208,7 +215,8 @@ def train(
         with clock("update"):
             scaler.unscale_(optimizer)
             norm = gradient_norm(optimizer)
-            keep = verdicts.agree(norm, stop=bool(stop))
+            over = time.monotonic() > args.stop_at
+            keep = verdicts.agree(norm, stop=over or bool(stop))
             optimizer.step()
             undo.unless(keep)
             scaler.update()
@@ -250,6 +258,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     add("--steps", type=int, help="optimizer steps, instead of --epochs; warm-up keeps its share")
     add("--scale-decay", action="store_true", help="--base-decay for the recipe's batch, to yours")
     add("--seed", type=int, default=0)
+    add("--held-out", type=int, help="images of --data to test on instead of its own test images")
+    add("--max-minutes", type=float, help="save and stop then; the same command goes on")
     add("--decode-size", type=int, help="fast mode: crops on the device from squares of this side")
     add("--init-from", help="a file of weights, or 'timm' for timm's own")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -263,12 +273,17 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     add("--log-every", type=int, default=10, help="steps")
     add("--health-every", type=int, default=500, help="steps between looks for collapse")
     add("--knn-every", type=int, default=10, help="epochs between kNN accuracies, 0 for none")
-    add("--knn-images", type=int, default=20_000, help="at most so many vote")
+    add("--knn-images", type=int, default=20_000, help="at most so many, a fifth of them asked")
+    add("--knn-neighbours", type=int, default=20, help="that vote, or all where there are fewer")
+    add("--knn-temperature", type=float, default=0.07, help="of their votes")
     add("--max-bad", type=float, default=0.01, help="part of the images that may be unreadable")
     add("--max-skipped", type=int, default=20, help="non-finite steps in a row before stopping")
     add("--dry-run", action="store_true", help="print what would run")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
+    args.stop_at = math.inf
+    if args.max_minutes is not None:
+        args.stop_at = time.monotonic() + 60 * args.max_minutes
     recipe = replace(RECIPES[args.recipe], **{k: v for k, v in given.items() if v is not None})
     check(recipe, args)
     return recipe, args
@@ -299,13 +314,15 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
     given = asdict(recipe) | {k: v for k, v in vars(args).items() if v is not None}
     counts = ("epochs", "batch_size", "accumulate", "image_size", "projection_size")
     counts += ("projection_hidden_size", "steps", "save_every", "log_every", "health_every")
-    counts += ("knn_images", "max_skipped", "decode_size")
+    counts += ("knn_images", "knn_neighbours", "max_skipped", "decode_size")
     numbers = ("seed", "workers", "lr", "base_lr", "loss_scale", "weight_decay", "max_bad")
-    numbers += ("knn_every",)
+    numbers += ("knn_every", "max_minutes")
     for names, least in ((counts, 1), (numbers, 0)):
         low = [name for name in names if not least <= given.get(name, least) < math.inf]
         if low:
             fail(f"--{low[0].replace('_', '-')} must be {least} or more.")
+    if not 0 < args.knn_temperature < math.inf:
+        fail(f"--knn-temperature {args.knn_temperature} is not above 0.")
     if not 0 <= recipe.base_decay <= 1:
         fail(f"--base-decay {recipe.base_decay} is not in [0, 1].")
     if not 0 < recipe.layer_decay <= 1:
@@ -535,13 +552,23 @@ class Views:
             self.transforms = [torch.compile(t, fullgraph=True) for t in self.transforms]
         self.generator = torch.Generator(plan.device)
 
-    def batches(self, start: int) -> Any:
+    def batches(self, start: int) -> Iterator[tuple[list[Tensor], list[Bad]]]:
+        device = self.plan.device
         order = Order(
             self.data.source, self.args.seed, self.recipe.batch_size, self.recipe.accumulate,
             self.plan.rank, self.plan.world, start, self.plan.steps,
         )  # fmt: skip
-        loader = make_loader(self.data, order, self.args.workers, self.plan.device)
-        return on_device(loader, self.plan.device)
+        kept = resident(self.data, device)
+        if kept is None:
+            yield from on_device(make_loader(self.data, order, self.args.workers, device), device)
+            return
+        images, bad = kept
+        for request in order:
+            numbers = torch.from_numpy(request.images)
+            if device.type == "cuda":  # from pinned memory a copy does not wait for the device
+                numbers = numbers.pin_memory().to(device, non_blocking=True)
+            yield [images[numbers]], bad
+            bad = []
 
     def draw(self, step: int) -> list[dict[str, Tensor]]:
         self.generator.manual_seed(seed_of(self.args.seed, 2, step))

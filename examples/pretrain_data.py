@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 
 CENTRE = 224 / 256  # the part of the short edge that an evaluation sees
+RESIDENT = 4 * 2**30  # bytes of decoded images that the device keeps, where all are of one size
 ATTEMPTS = 100  # unreadable images in a row after which the data must be gone
 TEST_FOLDERS = ("val", "valid", "validation", "test")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
@@ -128,6 +129,33 @@ class Shards(Source):
         tar, offset, length = self.places[index].tolist()
         with open(self.tars[tar], "rb", buffering=0) as file:
             return os.pread(file.fileno(), length, offset)
+
+
+@dataclass
+class Part(Source):
+    """Some images of another source."""
+
+    whole: Source
+    numbers: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.size = self.whole.size
+        self.shard = None if self.whole.shard is None else self.whole.shard[self.numbers]
+
+    def read(self, index: int) -> bytes | Tensor:
+        return self.whole.read(int(self.numbers[index]))
+
+    def name(self, index: int) -> str:
+        return self.whole.name(int(self.numbers[index]))
+
+
+def hold_out(source: Source, count: int) -> tuple[Source, Source]:
+    """`source` without `count` of its images, and these: the same ones with every seed."""
+    if not 0 < count < len(source):
+        fail(f"--held-out {count} must be above 0 and below the {len(source)} images there are.")
+    order = np.random.default_rng(0).permutation(len(source))
+    kept, left = (np.sort(part) for part in (order[count:], order[:count]))
+    return Part(source.labels[kept], source, kept), Part(source.labels[left], source, left)
 
 
 def open_data(folder: Path) -> tuple[Source, Source | None]:
@@ -409,6 +437,22 @@ def on_device(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple[A
                 x.record_stream(torch.cuda.current_stream())
             yield ready, its_bad
         waiting = copies, bad, arrived
+
+
+def resident(data: TrainingImages, device: torch.device) -> tuple[Tensor, list[Bad]] | None:
+    """All images (N, 3, H, W) uint8 on the device, and those that could not be read; None where
+    they differ in size, are to be made smaller, or would not fit."""
+    size, count, bad = data.source.size, len(data.source), []
+    if size is None or data.decode_size or count * 3 * math.prod(size) > RESIDENT:
+        return None
+    images = torch.empty(count, 3, *size, dtype=torch.uint8)
+
+    def fill(index: int) -> None:
+        (images[index],) = data.load(index, 0, bad)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(fill, range(count)))
+    return images.to(device), sorted(bad)
 
 
 # Pictures and boxes -----------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from byol_pytorch.evaluation import knn_accuracy
 
-NEIGHBOURS = 20  # that vote, or as many as there are
 EVALUATION_BATCH = 256
 COLLAPSED, FALLEN = 0.2, 0.5  # of the healthy feature std, and of the run's highest so far
 SHOWN_IMAGES, HEALTH_IMAGES = 8, 256
@@ -205,7 +204,9 @@ class Watch:
         self.losses: list[Tensor] = []
         self.unread: list[Bad] = []
         self.logged = progress.step
-        self.neighbours = Neighbours(source, test, args.knn_images)
+        self.neighbours = Neighbours(
+            source, test, args.knn_images, args.knn_neighbours, args.knn_temperature
+        )
         every = range(0, len(source), max(1, len(source) // HEALTH_IMAGES))
         self.sample, good = EvaluationImages(source, recipe.image_size)[np.array(every)]
         self.sample = self.sample[good][:HEALTH_IMAGES].to(plan.device)
@@ -351,7 +352,10 @@ class Neighbours:
     other training images take its place.
     """
 
-    def __init__(self, train: Source, test: Source | None, limit: int) -> None:
+    def __init__(
+        self, train: Source, test: Source | None, limit: int, k: int, temperature: float
+    ) -> None:
+        self.k, self.temperature = k, temperature
         rng = np.random.default_rng(0)
         bank = rng.permutation(np.flatnonzero(train.labels >= 0))
         if test is None or not (test.labels >= 0).any():
@@ -376,7 +380,10 @@ class Neighbours:
             for module, mode in modes:
                 module.training = mode
         try:
-            return 100 * knn_accuracy(bank, labels, queries, truth, k=min(NEIGHBOURS, len(bank)))
+            k = min(self.k, len(bank))
+            return 100 * knn_accuracy(
+                bank, labels, queries, truth, k=k, temperature=self.temperature
+            )
         except ValueError:  # NaN, or one class left: no figure, and no end of the run
             return math.nan
 

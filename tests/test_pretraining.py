@@ -142,6 +142,54 @@ def test_the_views_take_other_strengths(folder: Path, tmp_path: Path) -> None:
         assert height == width == round((60 * 80 / 2) ** 0.5)
 
 
+def test_images_kept_on_the_device_train_as_those_that_workers_read(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, read = tmp_path / "kept", tmp_path / "read"
+    run_here(kept, "--data", npz, *TINY)
+    monkeypatch.setattr(pretrain_data, "RESIDENT", 24 * 3 * 32 * 32 - 1)
+    run_here(read, "--data", npz, *TINY)
+    assert_same(kept, read)
+
+
+def test_a_run_in_slices_of_time_equals_a_whole_one(npz: Path, tmp_path: Path) -> None:
+    whole, sliced = tmp_path / "whole", tmp_path / "sliced"
+    command = ("--data", npz, *TINY, "--steps", 3)
+    run_here(whole, *command)
+    for _ in range(3):  # each is over after its first step
+        assert not (sliced / "backbone.safetensors").exists()
+        run_here(sliced, *command, "--max-minutes", 0)
+    assert_same(whole, sliced)
+
+
+def test_held_out_images_are_tested_on_and_never_trained_on(
+    npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, _ = pretrain_data.open_data(npz)
+    kept, left = pretrain_data.hold_out(source, 8)
+    names = [{part.name(i) for i in range(len(part))} for part in (kept, left)]
+    assert (len(names[0]), len(names[1])) == (16, 8)
+    assert names[0] | names[1] == {source.name(i) for i in range(24)}
+    numbers = [int(left.name(i).removeprefix("image ")) for i in range(8)]
+    assert [left.read(i) for i in range(8)] == [source.read(number) for number in numbers]
+    assert left.labels.tolist() == source.labels[numbers].tolist()
+
+    asked = []
+
+    class Recorded(pretrain_watch.Neighbours):
+        def accuracy(self, *arguments: Any) -> float:
+            (source, numbers), (test, queries) = self.bank, self.queries
+            asked.extend([{source.name(i) for i in numbers}, {test.name(i) for i in queries}])
+            return super().accuracy(*arguments)
+
+    monkeypatch.setattr(pretrain_watch, "Neighbours", Recorded)
+    flags = ("--held-out", 8, "--knn-every", 1, "--knn-neighbours", 3, "--steps", 2)
+    run_here(tmp_path, "--data", npz, *TINY, *flags)
+    assert asked == [*names, *names]  # before and after
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert saved["identity"]["images"] == 16
+
+
 def test_the_decay_follows_the_batch_where_asked(npz: Path) -> None:
     arguments = ("--data", npz, "--recipe", "small", "--batch-size", 16, "--scale-decay")
     _, plan, _, _ = plan_of(0, 1, *arguments)
@@ -609,6 +657,9 @@ def file_for_folder(place: Path) -> list[object]:
         (lambda _: ["--view-args", '{"blurr": 1}'], "makes no views: .*'blurr'"),
         (lambda _: ["--view-args", '{"blur": 2}'], "makes no views: blur=2"),
         (lambda _: ["--view-args", '{"mean": [0]}'], "has mean, which the run sets itself"),
+        (lambda _: ["--held-out", 24], "24 must be above 0 and below the 24 images"),
+        (lambda _: ["--max-minutes", -1], "--max-minutes must be 0 or more"),
+        (lambda _: ["--knn-temperature", 0], "--knn-temperature 0.0 is not above 0"),
         (lambda _: ["--layer-decay", 0], "--layer-decay 0.0 is not in"),
         (lambda _: ["--layer-decay", 1.1], "--layer-decay 1.1 is not in"),
         (lambda _: ["--freeze", "nothing"], "cannot be built as asked: .*nothing"),

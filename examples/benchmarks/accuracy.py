@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,10 @@ def parse_arguments() -> argparse.Namespace:
 def finished(args: argparse.Namespace) -> Outcomes:
     file = args.output / "runs.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
-    rows = (json.loads(line) for line in lines if line.endswith("}"))  # not one cut short
+    rows = []
+    for line in lines:
+        with suppress(ValueError):  # one that was cut short
+            rows.append(json.loads(line))
     return {Run(**row["run"]): Outcome(**row["outcome"]) for row in rows}
 
 
@@ -152,7 +156,7 @@ def carry_out(runs: list[Run], done: Outcomes, args: argparse.Namespace) -> None
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # else the others would all run first
                 raise
-            journal.write(json.dumps({"run": asdict(run), "outcome": asdict(done[run])}) + "\n")
+            journal.write("\n" + json.dumps({"run": asdict(run), "outcome": asdict(done[run])}))
             journal.flush()
             bar.update()
 
