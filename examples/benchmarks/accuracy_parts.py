@@ -144,7 +144,7 @@ class Method:
     """`loss` of a uint8 batch, on the paper's scale; `moved` after each optimizer step."""
 
     parameters: list[nn.Parameter]
-    loss: Callable[[Tensor], Tensor]
+    loss: Callable[..., Tensor]
     moved: Callable[[int], None]  # given the number of the step
 
 
@@ -156,7 +156,7 @@ def build(name: str, net: Any, rung: Rung, steps: int, args: argparse.Namespace)
 
 
 def ours(net: nn.Module, rung: Rung, steps: int) -> Method:
-    first, second = byol_views(SIZE, preset=rung.preset)
+    first, second = byol_views(SIZE, preset=rung.preset, channels_last=True)
     learner = BYOL(net, SIZE, augment_fn=first, augment_fn2=second,
                    moving_average_decay=RECIPE.base_decay, total_steps=steps, **HEAD)  # fmt: skip
     return Method(list(learner.parameters()), learner, lambda step: learner.update_moving_average())
@@ -181,33 +181,48 @@ def peer(net: nn.Module, args: argparse.Namespace) -> Method:
 
 
 def lightly(net: Any, rung: Rung, steps: int) -> Method:
-    """BYOL as lightly's documentation builds it from its transforms, heads, loss and EMA."""
-    from lightly.loss import NegativeCosineSimilarity
-    from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
-    from lightly.models.utils import deactivate_requires_grad, update_momentum
+    transform = lightly_views(blurred=rung.preset != "cifar")
+    of_views = lightly_method(net, steps)
+
+    def loss(images: Tensor) -> Tensor:
+        pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy())
+        views = zip(*(transform(picture) for picture in pictures), strict=True)
+        return of_views.loss(*(torch.stack(view) for view in views))
+
+    return Method(of_views.parameters, loss, of_views.moved)
+
+
+def lightly_views(blurred: bool) -> Callable[[Image.Image], list[Tensor]]:
+    """Its own; its CIFAR-10 benchmark has no blur."""
     from lightly.transforms.byol_transform import (
         BYOLTransform,
         BYOLView1Transform,
         BYOLView2Transform,
     )
 
+    blur = {} if blurred else {"gaussian_blur": 0.0}
+    transform: Callable[[Image.Image], list[Tensor]] = BYOLTransform(
+        BYOLView1Transform(input_size=SIZE, **blur), BYOLView2Transform(input_size=SIZE, **blur)
+    )
+    return transform
+
+
+def lightly_method(net: Any, steps: int) -> Method:
+    """BYOL as lightly's documentation builds it from its heads, loss and EMA; of two views."""
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+
     hidden, out = HEAD["projection_hidden_size"], HEAD["projection_size"]
     projector = BYOLProjectionHead(net.num_features, hidden, out)
     predictor = BYOLPredictionHead(out, hidden, out)
+    projector, predictor = (head.to(next(net.parameters())) for head in (projector, predictor))
     target_net, target_projector = copy.deepcopy(net), copy.deepcopy(projector)
     deactivate_requires_grad(target_net)
     deactivate_requires_grad(target_projector)
     criterion = NegativeCosineSimilarity()
-    # Its CIFAR-10 benchmark has no blur.
-    blur = {"gaussian_blur": 0.0} if rung.preset == "cifar" else {}
-    transform = BYOLTransform(
-        BYOLView1Transform(input_size=SIZE, **blur), BYOLView2Transform(input_size=SIZE, **blur)
-    )
 
-    def loss(images: Tensor) -> Tensor:
-        pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy())
-        views = zip(*(transform(picture) for picture in pictures), strict=True)
-        one, two = (torch.stack(view) for view in views)
+    def loss(one: Tensor, two: Tensor) -> Tensor:
         p_one, p_two = (predictor(projector(net(view))) for view in (one, two))
         with torch.no_grad():
             z_one, z_two = (target_projector(target_net(view)) for view in (one, two))
