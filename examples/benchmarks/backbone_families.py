@@ -179,8 +179,24 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "ResNet": STAGES | {"embedding_size": 16, "layer_type": "basic"},
     "RegNet": STAGES | {"embedding_size": 16, "groups_width": 8},
     "MobileViT": NECK | {"num_attention_heads": 2},
+    "MobileNetV2": {"depth_multiplier": 0.25},
+    "TextNet": {"hidden_sizes": [16, 16, 16, 32, 32], "stem_out_channels": 16},
+    "Bit": STAGES | {"embedding_size": 16, "num_groups": 4},
+    "FocalNet": {"image_size": 64, "embed_dim": 16, "depths": [1, 1]},
+    "Levit": {
+        "image_size": 64,
+        "hidden_sizes": [16, 32, 48],
+        "num_attention_heads": [1, 2, 3],
+        "depths": [1, 1, 1],
+        "key_dim": [8, 8, 8],
+    },
+    "Hiera": {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 1, 1]},
+    "ViTMSN": VIT,
+    "Pvt": FOUR | {"image_size": 64},
     "PvtV2": FOUR | {"image_size": 64},
     "Segformer": FOUR | {"decoder_hidden_size": 16},
+    "PoolFormer": {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
+    "SwiftFormer": {"embed_dims": [16, 16, 32, 32], "depths": [1, 1, 1, 1]},
     "CLIP": {"vision_config": VIT},
     "Siglip": {"vision_config": VIT},
 }
@@ -263,8 +279,12 @@ def smallest(names: list[str], create: Callable[..., nn.Module]) -> str:
 
 
 def size_of(name: str, create: Callable[..., nn.Module], **options: Any) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in create(name, **options).parameters())
+    try:
+        with torch.device("meta"):
+            net = create(name, **options)
+    except NotImplementedError:  # it reads numbers off tensors while it is built
+        net = create(name, **options)
+    return sum(p.numel() for p in net.parameters())
 
 
 def run_bare(found: Subject) -> None:

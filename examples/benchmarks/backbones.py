@@ -112,7 +112,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--resume", action="store_true", help="keep what --results has, and do the rest")
     add("--jobs", type=int, default=1, help="families at a time; default: %(default)s")
     add("--timeout", type=float, default=600, help="seconds a family; default: %(default)s")
-    add("--memory", type=float, default=4, help="GiB a family may allocate; default: %(default)s")
+    add("--memory", type=float, default=12, help="GiB a family may allocate; default: %(default)s")
     return parser.parse_args(argv)
 
 

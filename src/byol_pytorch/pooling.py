@@ -162,14 +162,15 @@ class HuggingFacePool:
                 return tokens[:, 1:].mean(1)
             if kind in ("siglip", "siglip2", "ijepa", "levit"):
                 return tokens.mean(1)
-        if kind in ("segformer", "pvt_v2") and tokens is not None and tokens.ndim == 4:
+        if kind in ("segformer", "pvt_v2", "textnet") and tokens is not None and tokens.ndim == 4:
             return tokens.mean((2, 3))
         pooled = output.get("pooler_output")
         if pooled is None:
             raise ValueError(
                 f"Which output of a Hugging Face {self.model_type!r} model is its representation "
-                "is not known: it gives no pooler_output. Name a layer with hidden_layer= and how "
-                "to pool it with pool=, or pass the ForImageClassification model."
+                "is not known: it gives no pooler_output. Give pool='mean' for the mean over its "
+                "positions, name a layer with hidden_layer=, or pass the ForImageClassification "
+                "model."
             )
         return (
             pooled.flatten(1) if pooled.shape[2:].numel() == 1 else checked(pooled, "pooler_output")
