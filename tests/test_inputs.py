@@ -494,6 +494,19 @@ def test_pool_decides_for_a_hugging_face_base_model_too(pool, by_hand):
     torch.testing.assert_close(got, by_hand(net(images)))
 
 
+@pytest.mark.parametrize(
+    ("name", "widths"), [("PoolFormer", "hidden_sizes"), ("SwiftFormer", "embed_dims")]
+)
+def test_a_hugging_face_model_without_a_known_feature_is_refused_and_takes_its_mean(name, widths):
+    config = getattr(transformers, f"{name}Config")(**{widths: [8, 8, 16, 16]}, depths=[1] * 4)
+    net = getattr(transformers, f"{name}Model")(config).eval()
+    with pytest.raises(ValueError, match=r"gives no pooler_output. Give pool='mean'"):
+        wrap(net, 64)
+    images = noise(2, 3, 64, 64)
+    got = wrap(net, 64, pool="mean").eval().representation(images, normalise=False)
+    torch.testing.assert_close(got, net(images).last_hidden_state.mean((2, 3)))
+
+
 # ---- inputs of every kind ------------------------------------------------------------------------
 
 

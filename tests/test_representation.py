@@ -224,6 +224,7 @@ HUGGING_FACE = {
     "MobileViT": NECK | {"num_attention_heads": 2},
     "PvtV2": FOUR | {"image_size": 32},
     "Segformer": FOUR | {"decoder_hidden_size": 8},
+    "TextNet": {"hidden_sizes": [8, 8, 8, 16, 16], "stem_out_channels": 8},
     "CLIP": VIT,
     "Siglip": VIT,
 }
