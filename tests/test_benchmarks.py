@@ -3,6 +3,7 @@
 The times themselves mean nothing here.
 """
 
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -98,6 +99,7 @@ def test_the_views_are_timed_against_stock_ones(tmp_path: Path, compiled: bool) 
         (("--model", "resnet5"), "--model resnet5 is unknown to timm"),
         (("--steps", "0"), "--steps 0; expected a number of at least 1"),
         (("--peers", "nowhere"), "byol_pytorch.py is not there"),
+        (("--workers", "0"), "--workers 0; expected a number of at least 1"),
     ],
 )
 def test_the_step_refuses_before_it_starts(
@@ -113,3 +115,11 @@ def test_the_step_refuses_before_it_starts(
     printed = capsys.readouterr()
     assert sentence in printed.err.splitlines()[-1]
     assert not printed.out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightly") is not None, reason="lightly is there")
+def test_workers_are_refused_without_lightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", ["step.py", "--device", "cpu", "--workers", "2"])
+    with pytest.raises(SystemExit, match="--workers times lightly, which is not there"):
+        runpy.run_path(str(BENCHMARKS / "step.py"), run_name="__main__")

@@ -3,12 +3,15 @@
     python examples/benchmarks/step.py --json figures.json
     pip install --target peers --no-deps byol-pytorch==0.9.1 einops
     python examples/benchmarks/step.py --peers peers
+    pip install --target peers --no-deps lightly lightly-utils
+    python examples/benchmarks/step.py --peers peers --workers 16 --views cifar --image-size 32
 
 The floor is the backbone's share of a step: two forward-backwards, two forwards without gradient
 and the optimizer, on views that are ready. On ready views the others add heads, loss and EMA;
 end to end also the views, of each library's own kind, from uint8 images. Each contestant lives in
 a process of its own, and they take turns, so that a busy machine slows all of them alike. Heads
-4096 wide and torch's SGD everywhere; LARS, SGD and the EMA are timed apart.
+4096 wide and torch's SGD everywhere; LARS, SGD and the EMA are timed apart. With --workers also
+lightly's whole step with its views from a DataLoader, of pictures that are decoded already.
 """
 
 import argparse
@@ -36,11 +39,14 @@ from step_contestants import (
     Step,
     backbone,
     build,
+    lightly,
+    lightly_batches,
     peer_file,
     sgd,
 )  # fmt: skip
 
 from byol_pytorch import BYOL
+from byol_pytorch.augment import PRESETS
 from byol_pytorch.optim import LARS, param_groups
 
 PARTS = ("EMA", "SGD", "LARS")
@@ -61,13 +67,15 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
-    print(describe(args))
     contestants = [FLOOR, OURS_READY, OURS]
     if args.peers:
         contestants += [OURS_JOINT, PEER_READY, PEER]
         sys.path.append(str(args.peers))
     if importlib.util.find_spec("lightly"):
         contestants.append(LIGHTLY_READY)
+    elif args.workers:
+        sys.exit("--workers times lightly, which is not there; see the fourth line of --help")
+    print(describe(args))
     workers = {name: worker for name in contestants if (worker := start(name, args))}
     turns: Turns = {name: [] for name in workers}
     for _ in range(-(-args.steps // TURN)):
@@ -80,9 +88,14 @@ def main() -> None:
     print_table(rows)
     parts = time_parts(args)
     print_parts(parts, turns)
+    data_path = {}
+    if args.workers and LIGHTLY_READY in turns:
+        data_path = time_data_path(args)
+        print_data_path(data_path, rows, args)
     if args.json:
         setting = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         rows_and_parts = {"rows": [asdict(row) for row in rows], "parts_milliseconds": parts}
+        rows_and_parts["lightly_images_per_second"] = data_path
         args.json.write_text(
             json.dumps({**setting, "setting": describe(args), **rows_and_parts}, indent=2) + "\n"
         )
@@ -113,6 +126,8 @@ def parse_arguments() -> argparse.Namespace:
         default="wall",
         help="cpu: the processes' CPU time, for busy machines without GPU; default: %(default)s",
     )
+    add("--views", choices=PRESETS, default="imagenet", help="of the end-to-end rows")
+    add("--workers", type=int, help="time lightly's views too, made by so many processes")
     add("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
     add("--peers", type=Path, metavar="FOLDER", help="where byol-pytorch 0.9.1 is installed")
     add("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -128,6 +143,8 @@ def parse_arguments() -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers {args.workers}; expected a number of at least 1")
     if args.steps < 1:
         parser.error(f"--steps {args.steps}; expected a number of at least 1")
     if big and not gpu:
@@ -159,6 +176,32 @@ def time_parts(args: argparse.Namespace) -> dict[str, float]:
             if turn >= 3:
                 times[name].append(seconds * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def time_data_path(args: argparse.Namespace) -> dict[str, float]:
+    """Images a second of lightly's DataLoader alone, and of its whole step behind that."""
+    ahead, timed = 2 * args.workers + 2, max(args.steps, 2 * args.workers)
+
+    def images_per_second(step: Step) -> float:
+        for _ in range(ahead):  # what the workers had made in advance
+            step()
+        seconds = seconds_of(lambda: [step() for _ in range(timed)], args)
+        return args.batch_size * timed / seconds
+
+    batches = lightly_batches(args)
+    alone = images_per_second(lambda: next(batches))
+    whole = images_per_second(lightly(backbone(args), lambda: next(batches), args))
+    return {"data": alone, "whole": whole}
+
+
+def print_data_path(path: dict[str, float], rows: list[Row], args: argparse.Namespace) -> None:
+    speed = {row.contestant: row.images_per_second for row in rows}
+    binds = "data" if path["data"] < speed[LIGHTLY_READY] else "step"
+    print(
+        f"lightly's parts with its views from {args.workers} workers: {path['whole']:.1f} images/s "
+        f"(data alone {path['data']:.1f}, step alone {speed[LIGHTLY_READY]:.1f}: the {binds} "
+        f"binds); {OURS} end to end is {speed[OURS] / path['whole']:.2f} times as fast"
+    )
 
 
 def start(name: str, args: argparse.Namespace) -> Connection | None:

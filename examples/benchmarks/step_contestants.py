@@ -7,15 +7,18 @@ import argparse
 import contextlib
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from byol_pytorch import BYOL
+from byol_pytorch.augment import byol_views
 from byol_pytorch.optim import param_groups
 
 Step = Callable[[], object]
@@ -37,7 +40,7 @@ def build(name: str, args: argparse.Namespace) -> Step:
         return ours(net, (one, two), args, as_one_batch=True)
     if name in (PEER, PEER_READY):
         return peer(net, (one, two) if name == PEER_READY else None, args)
-    return lightly(net, one, two, args)
+    return lightly(net, lambda: (one, two), args)
 
 
 def floor(net: nn.Module, one: Tensor, two: Tensor, args: argparse.Namespace) -> Step:
@@ -63,7 +66,10 @@ def ours(
     *,
     as_one_batch: bool = False,
 ) -> Step:
-    learner = BYOL(net, args.image_size, concatenate_views=as_one_batch).to(args.device)
+    first, second = byol_views(args.image_size, args.views, channels_last=args.channels_last)
+    learner = BYOL(
+        net, args.image_size, augment_fn=first, augment_fn2=second, concatenate_views=as_one_batch
+    ).to(args.device)
     optimizer = sgd(param_groups(learner, weight_decay=1e-6))
     if args.compile:
         learner.compile(fullgraph=True)
@@ -100,7 +106,9 @@ def peer(net: nn.Module, ready: tuple[Tensor, Tensor] | None, args: argparse.Nam
     return step
 
 
-def lightly(net: nn.Module, one: Tensor, two: Tensor, args: argparse.Namespace) -> Step:
+def lightly(
+    net: nn.Module, views: Callable[[], tuple[Tensor, Tensor]], args: argparse.Namespace
+) -> Step:
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
     from lightly.models.utils import deactivate_requires_grad, update_momentum
@@ -117,6 +125,7 @@ def lightly(net: nn.Module, one: Tensor, two: Tensor, args: argparse.Namespace) 
         target_net.compile()
 
     def loss() -> Tensor:
+        one, two = views()
         p_one, p_two = (predictor(projector(net(view))) for view in (one, two))
         with torch.no_grad():
             z_one, z_two = (target_projector(target_net(view)) for view in (one, two))
@@ -128,6 +137,44 @@ def lightly(net: nn.Module, one: Tensor, two: Tensor, args: argparse.Namespace) 
         optimize(loss, optimizer, args)
 
     return step
+
+
+class Pictures(Dataset[list[Tensor]]):
+    """Decoded pictures, endlessly many, as the views that lightly's transform makes of them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from lightly.transforms.byol_transform import (
+            BYOLTransform,
+            BYOLView1Transform,
+            BYOLView2Transform,
+        )
+
+        # lightly's CIFAR-10 benchmark has no blur.
+        blur = {"gaussian_blur": 0.0} if args.views == "cifar" else {}
+        self.transform = BYOLTransform(
+            BYOLView1Transform(input_size=args.image_size, **blur),
+            BYOLView2Transform(input_size=args.image_size, **blur),
+        )
+        of_host = argparse.Namespace(**vars(args) | {"device": "cpu", "channels_last": False})
+        self.pixels = uint8_images(of_host).permute(0, 2, 3, 1).numpy()
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        views: list[Tensor] = self.transform(Image.fromarray(self.pixels[index % len(self.pixels)]))
+        return views
+
+
+def lightly_batches(args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views on the device out of a DataLoader's workers, as lightly's documentation has it."""
+    loader = DataLoader(
+        Pictures(args), args.batch_size, num_workers=args.workers, drop_last=True,
+        pin_memory=args.device.startswith("cuda"),
+    )  # fmt: skip
+    for views in loader:
+        one, two = (laid_out(view.to(args.device, non_blocking=True), args) for view in views)
+        yield one, two
 
 
 def optimize(
@@ -163,7 +210,7 @@ def views_shape(args: argparse.Namespace) -> tuple[int, ...]:
 
 
 def uint8_images(args: argparse.Namespace) -> Tensor:
-    side = round(args.image_size * 256 / 224)
+    side = args.image_size if args.views == "cifar" else round(args.image_size * 256 / 224)
     shape = (args.batch_size, 3, side, side)
     return laid_out(torch.randint(0, 256, shape, dtype=torch.uint8).to(args.device), args)
 
