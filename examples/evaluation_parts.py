@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
 from backbone import shrink_stem, timm_model
 from PIL import Image
-from pretrain_data import CENTRE, Source, open_data, open_image
+from pretrain_data import CENTRE, Source, fail, open_data, open_image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -273,9 +273,3 @@ def tell(text: str) -> None:
     """Print on rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
-
-
-def fail(sentence: str) -> NoReturn:
-    """End this process with one sentence, which rank 0 alone prints."""
-    name = Path(sys.argv[0]).stem
-    raise SystemExit(f"{name}: {sentence}" if os.environ.get("RANK", "0") == "0" else 1)

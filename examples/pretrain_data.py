@@ -558,4 +558,4 @@ def header_size(source: Source, index: int) -> tuple[int, int]:
 def fail(sentence: str) -> NoReturn:
     """End this process with one sentence, which one process of each machine prints."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    raise SystemExit(f"pretraining: {sentence}" if first else 1)
+    raise SystemExit(f"{Path(sys.argv[0]).stem}: {sentence}" if first else 1)

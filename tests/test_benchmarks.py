@@ -79,7 +79,7 @@ def test_a_step_is_timed_against_the_floor(tmp_path: Path, options: tuple[str, .
 def test_the_views_are_timed_against_stock_ones(tmp_path: Path, compiled: bool) -> None:
     tiny = ("--sizes", 32, "--batch", BATCH, "--rounds", 1)
     skip = () if compiled else ("--skip-compiled",)
-    printed, figures = figures_of("augmentation.py", tmp_path / "views.json", *tiny, *skip)
+    printed, figures = figures_of("augmentation.py", tmp_path / "new" / "views.json", *tiny, *skip)
 
     methods = [METHODS[0], "byol_pytorch, compiled", *METHODS[1:]] if compiled else METHODS
     rows = [row for row in figures["rows"] if row["method"] in methods]  # lightly may be there
