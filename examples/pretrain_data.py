@@ -445,6 +445,8 @@ def resident(data: TrainingImages, device: torch.device) -> tuple[Tensor, list[B
     size, count, bad = data.source.size, len(data.source), []
     if size is None or data.decode_size or count * 3 * math.prod(size) > RESIDENT:
         return None
+    if isinstance(data.source, Arrays):
+        return torch.from_numpy(np.ascontiguousarray(data.source.pixels)).to(device), []
     images = torch.empty(count, 3, *size, dtype=torch.uint8)
 
     def fill(index: int) -> None:
