@@ -102,13 +102,13 @@ def test_a_lead_is_more_than_two_standard_errors() -> None:
     runs, done = outcomes({OURS: ours, PEER: [48.3, 49.3, 50.3], LIGHTLY: [48.4, 50.4, 49.4]})
     said = accuracy.verdict("cells", "few", runs, done)
     assert said == (
-        f"few labels: leads {PEER} (+1.7, two standard errors 1.6); "
-        f"no clear difference from {LIGHTLY} (+1.6, two standard errors 1.6)"
+        f"few labels: leads {PEER} (+1.7, two standard errors 1.6; by seed +1.7, +1.7, +1.7); "
+        f"no clear difference from {LIGHTLY} "
+        "(+1.6, two standard errors 1.6; by seed +1.6, +0.6, +2.6)"
     )
     runs, done = outcomes({OURS: ours, PEER: [60.0, 60.0, 60.0], LIGHTLY: ours})
-    assert f"trails {PEER} (-9.0, two standard errors 1.2)" in accuracy.verdict(
-        "cells", "all", runs, done
-    )
+    said = accuracy.verdict("cells", "all", runs, done)
+    assert f"trails {PEER} (-9.0, two standard errors 1.2; by seed -10.0, -9.0, -8.0)" in said
 
 
 def test_what_was_cut_short_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

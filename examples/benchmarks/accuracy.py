@@ -235,7 +235,7 @@ def report(
     lines = [
         f"{args.steps} steps of {BATCH} images, {args.seeds} seeds, kNN accuracy in % (mean ± "
         "standard deviation), CPU seconds on one thread (median). A verdict needs two standard "
-        "errors of the difference.",
+        "errors of the difference of the means; methods share initial weights and batches by seed.",
         "",
         "| rung | method | lr | equal steps: few labels | all labels | seconds "
         "| equal time: steps | few labels | all labels |",
@@ -286,7 +286,9 @@ def verdict(rung: str, labels: str, runs: list[Run], done: Outcomes) -> str:
         error = math.hypot(deviation(ours), deviation(other)) / math.sqrt(len(ours))
         word = "no clear difference from" if abs(ahead) <= 2 * error else (
             "leads" if ahead > 0 else "trails")  # fmt: skip
-        said.append(f"{word} {method} ({ahead:+.1f}, two standard errors {2 * error:.1f})")
+        by_seed = ", ".join(f"{a - b:+.1f}" for a, b in zip(ours, other, strict=True))
+        figures = f"{ahead:+.1f}, two standard errors {2 * error:.1f}; by seed {by_seed}"
+        said.append(f"{word} {method} ({figures})")
     return f"{labels} labels: {'; '.join(said)}"
 
 
