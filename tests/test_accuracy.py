@@ -35,7 +35,7 @@ def bccd(tmp_path: Path) -> Path:
     for folder in ("ImageSets/Main", "JPEGImages", "Annotations"):
         (root / folder).mkdir(parents=True)
     kinds = ("Platelets", "RBC", "WBC")
-    for split, names in {"trainval": ("a", "b", "c"), "test": ("d",)}.items():
+    for split, names in {"trainval": "abcdefg", "test": "h"}.items():
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(names))
         for name in names:
             pixels = np.full((160, 200, 3), 128, np.uint8)
@@ -52,8 +52,8 @@ def bccd(tmp_path: Path) -> Path:
 
 def test_a_cell_is_in_the_middle_of_its_window(bccd: Path) -> None:
     rung = accuracy_parts.cells(argparse.Namespace(bccd=bccd), a_photograph=4)
-    assert rung.train.shape == (3 * 4, 3, 32, 32)
-    assert (rung.bank.shape, rung.test.shape) == ((9, 3, 32, 32), (3, 3, 32, 32))
+    assert rung.train.shape == (7 * 4, 3, 32, 32)
+    assert (rung.bank.shape, rung.test.shape) == ((21, 3, 32, 32), (3, 3, 32, 32))
     for images, labels in ((rung.bank, rung.bank_labels), (rung.test, rung.test_labels)):
         for image, label in zip(images, labels.tolist(), strict=True):
             middle = image[:, 14:18, 14:18].float().mean((1, 2))

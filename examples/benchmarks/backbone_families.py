@@ -306,4 +306,4 @@ def label(name: str, options: dict[str, Any]) -> str:
 
 def first_line(error: Exception | None) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
