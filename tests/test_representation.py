@@ -99,7 +99,7 @@ TIMM = [
     ("crossvit_tiny_240", {"depth": [[1, 1, 0]]}, 240),
     ("sequencer2d_s", {"img_size": 32, "layers": [1, 1, 1, 1]}, 32),
     ("levit_128s", {"depth": (1, 1, 1)}, 224),
-    ("efficientvit_m0", {}, 64),  # a batch norm before its classifier
+    ("efficientvit_m0", {}, 224),  # a batch norm before its classifier
     ("efficientformer_l1", {}, 224),
     ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 2}, 32),
     ("pit_ti_distilled_224", {"depth": (1, 1, 1)}, 224),
