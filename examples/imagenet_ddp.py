@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     device, rank, world = join_processes(args)
     source, test = open_data(args.data)
     check_output(args.output, source)
-    if args.held_out:
+    if args.held_out is not None:
         source, test = hold_out(source, args.held_out)
     plan = make_plan(recipe, args, source, device, rank, world)
     if not args.dry_run:
@@ -251,9 +252,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     hints = get_type_hints(Recipe)
     group = parser.add_argument_group("recipe", "the class Recipe says what each of these is")
     for f in fields(Recipe):
-        kind = json_object if f.default_factory is dict else hints[f.name]
+        flag = "--" + f.name.replace("_", "-")
+        kind = partial(json_object, flag) if f.default_factory is dict else hints[f.name]
         how = {"action": switch} if kind is bool else {"type": kind}
-        group.add_argument("--" + f.name.replace("_", "-"), default=None, **how)
+        group.add_argument(flag, default=None, **how)
     add("--lr", type=float, help="peak learning rate itself, instead of --base-lr")
     add("--steps", type=int, help="optimizer steps, instead of --epochs; warm-up keeps its share")
     add("--scale-decay", action="store_true", help="--base-decay for the recipe's batch, to yours")
@@ -289,13 +291,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     return recipe, args
 
 
-def json_object(text: str) -> dict[str, Any]:
+def json_object(flag: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        fail(f"{text} is no JSON object: --model-args '{{\"drop_path_rate\": 0.1}}' has one.")
+        fail(f"{flag} {text} is no JSON object, such as '{{\"name\": 0.1}}'.")
     return value
 
 
@@ -562,13 +564,11 @@ class Views:
         if kept is None:
             yield from on_device(make_loader(self.data, order, self.args.workers, device), device)
             return
-        images, bad = kept
         for request in order:
             numbers = torch.from_numpy(request.images)
             if device.type == "cuda":  # from pinned memory a copy does not wait for the device
                 numbers = numbers.pin_memory().to(device, non_blocking=True)
-            yield [images[numbers]], bad
-            bad = []
+            yield [kept[numbers]], []
 
     def draw(self, step: int) -> list[dict[str, Tensor]]:
         self.generator.manual_seed(seed_of(self.args.seed, 2, step))

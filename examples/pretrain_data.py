@@ -439,14 +439,16 @@ def on_device(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple[A
         waiting = copies, bad, arrived
 
 
-def resident(data: TrainingImages, device: torch.device) -> tuple[Tensor, list[Bad]] | None:
-    """All images (N, 3, H, W) uint8 on the device, and those that could not be read; None where
-    they differ in size, are to be made smaller, or would not fit."""
-    size, count, bad = data.source.size, len(data.source), []
+def resident(data: TrainingImages, device: torch.device) -> Tensor | None:
+    """All images (N, 3, H, W) uint8 on the device; None where they differ in size, are to be made
+    smaller, are more than RESIDENT, or one cannot be read, which takes another's place each epoch.
+    """
+    size, count = data.source.size, len(data.source)
+    bad: list[Bad] = []
     if size is None or data.decode_size or count * 3 * math.prod(size) > RESIDENT:
         return None
     if isinstance(data.source, Arrays):
-        return torch.from_numpy(np.ascontiguousarray(data.source.pixels)).to(device), []
+        return torch.from_numpy(np.ascontiguousarray(data.source.pixels)).to(device)
     images = torch.empty(count, 3, *size, dtype=torch.uint8)
 
     def fill(index: int) -> None:
@@ -454,7 +456,7 @@ def resident(data: TrainingImages, device: torch.device) -> tuple[Tensor, list[B
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         list(pool.map(fill, range(count)))
-    return images.to(device), sorted(bad)
+    return None if bad else images.to(device)
 
 
 # Pictures and boxes -----------------------------------------------------------------------------

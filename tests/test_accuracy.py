@@ -7,6 +7,7 @@ import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,13 +103,21 @@ def test_a_lead_is_more_than_two_standard_errors() -> None:
     runs, done = outcomes({OURS: ours, PEER: [48.3, 49.3, 50.3], LIGHTLY: [48.4, 50.4, 49.4]})
     said = accuracy.verdict("cells", "few", runs, done)
     assert said == (
-        f"few labels: leads {PEER} (+1.7, two standard errors 1.6; by seed +1.7, +1.7, +1.7); "
+        f"few labels: leads {PEER} "
+        "(+1.7, two standard errors 1.6, p 0.11; by seed +1.7, +1.7, +1.7); "
         f"no clear difference from {LIGHTLY} "
-        "(+1.6, two standard errors 1.6; by seed +1.6, +0.6, +2.6)"
+        "(+1.6, two standard errors 1.6, p 0.12; by seed +1.6, +0.6, +2.6)"
     )
-    runs, done = outcomes({OURS: ours, PEER: [60.0, 60.0, 60.0], LIGHTLY: ours})
+    runs, done = outcomes({OURS: ours, PEER: [60.0, 60.1, 59.9], LIGHTLY: ours})
     said = accuracy.verdict("cells", "all", runs, done)
-    assert f"trails {PEER} (-9.0, two standard errors 1.2; by seed -10.0, -9.0, -8.0)" in said
+    assert (
+        f"trails {PEER} (-9.0, two standard errors 1.2, p 0.00; by seed -10.0, -9.1, -7.9)" in said
+    )
+
+
+def test_one_seed_decides_nothing() -> None:
+    runs, done = outcomes({OURS: [50.0], PEER: [10.0], LIGHTLY: [90.0]})
+    assert accuracy.verdict("cells", "few", runs, done).count("no clear difference from") == 2
 
 
 def test_what_was_cut_short_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,11 +139,24 @@ def test_a_run_moves_the_backbone_and_is_repeatable(
 ) -> None:
     monkeypatch.setattr(accuracy, "BATCH", 8)
     args = argparse.Namespace(bccd=bccd, peers=tmp_path)
+    evaluated: list[tuple[dict[str, torch.Tensor], accuracy_parts.Rung]] = []
+
+    def accuracies(net: Any, rung: accuracy_parts.Rung) -> tuple[float, float]:
+        evaluated.append(({name: p.clone() for name, p in net.named_parameters()}, rung))
+        return 0.0, 0.0
+
+    monkeypatch.setattr(accuracy, "accuracies", accuracies)
     untrained = accuracy.carry_out_one(Run("cells", "untrained", 0, 0, 0.0), args)
     assert math.isnan(untrained.loss)
     one, two = (accuracy.carry_out_one(Run("cells", OURS, 0, 2, 1e-3), args) for _ in range(2))
     assert 0 < one.loss == two.loss < 8
     assert one.seconds > 0
+    (before, rung), (after, _), (again, _) = evaluated
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(after[name], again[name]) for name in after)
+
+    accuracy.carry_out_one(Run("cells", OURS, 0, 1, 1e-3, tuning=True), args)
+    assert torch.equal(evaluated[-1][1].test, rung.bank[4::5])
 
 
 @pytest.mark.slow

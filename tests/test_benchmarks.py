@@ -99,6 +99,7 @@ def test_the_views_are_timed_against_stock_ones(tmp_path: Path, compiled: bool) 
         (("--model", "resnet5"), "--model resnet5 is unknown to timm"),
         (("--steps", "0"), "--steps 0; expected a number of at least 1"),
         (("--peers", "nowhere"), "byol_pytorch.py is not there"),
+        (("--workers", "2", "--clock", "cpu"), "--workers needs --clock wall"),
         (("--workers", "0"), "--workers 0; expected a number of at least 1"),
     ],
 )

@@ -125,7 +125,9 @@ def test_layer_decay_slows_each_layer_by_its_distance_from_the_heads(
             torch.testing.assert_close(decayed, scale * alike, atol=1e-7, rtol=1e-3, msg=name)
 
 
-def test_the_views_take_other_strengths(folder: Path, tmp_path: Path) -> None:
+def test_the_views_take_other_strengths(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     strengths = {"rotate90": 1.0, "jitter": 0, "scale": [0.5, 0.5], "ratio": [1, 1]}
     flags = ("--view-args", json.dumps(strengths), "--steps", 1)
     run_here(tmp_path / "run", "--data", folder, *TINY, *flags)
@@ -136,17 +138,24 @@ def test_the_views_take_other_strengths(folder: Path, tmp_path: Path) -> None:
     for draws in views.draw(0):
         assert bool((draws["quarter_turns"] > 0).all())
         assert not draws["jitter"].any()
-    rng = np.random.default_rng(0)
-    for _ in range(9):  # of the crops that the workers draw
-        _, _, height, width = pretrain_data.draw_box(rng, 60, 80, views.data.crop)
-        assert height == width == round((60 * 80 / 2) ** 0.5)
+    boxes, draw = [], pretrain_data.draw_box
+    monkeypatch.setattr(
+        pretrain_data, "draw_box", lambda *a: boxes.append((*a[1:3], *draw(*a))) or boxes[-1][2:]
+    )
+    views.data[pretrain_data.Request(0, np.arange(9))]  # as the workers draw them
+    assert len(boxes) == 18
+    for height, width, _, _, *box in boxes:
+        whole = min(height, width)
+        assert box == [round((height * width / 2) ** 0.5)] * 2 or whole**2 < height * width / 2
 
 
 def test_images_kept_on_the_device_train_as_those_that_workers_read(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept, read = tmp_path / "kept", tmp_path / "read"
-    run_here(kept, "--data", npz, *TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(imagenet_ddp, "make_loader", None)
+        run_here(kept, "--data", npz, *TINY)
     monkeypatch.setattr(pretrain_data, "RESIDENT", 24 * 3 * 32 * 32 - 1)
     run_here(read, "--data", npz, *TINY)
     assert_same(kept, read)
@@ -182,10 +191,14 @@ def test_held_out_images_are_tested_on_and_never_trained_on(
             asked.extend([{source.name(i) for i in numbers}, {test.name(i) for i in queries}])
             return super().accuracy(*arguments)
 
+    def trained_on(data: Any, device: torch.device) -> None:
+        asked.append({data.source.name(i) for i in range(len(data.source))})
+
     monkeypatch.setattr(pretrain_watch, "Neighbours", Recorded)
+    monkeypatch.setattr(imagenet_ddp, "resident", trained_on)
     flags = ("--held-out", 8, "--knn-every", 1, "--knn-neighbours", 3, "--steps", 2)
     run_here(tmp_path, "--data", npz, *TINY, *flags)
-    assert asked == [*names, *names]  # before and after
+    assert asked == [*names, names[0], *names]  # before, the training itself, and after
     saved = torch.load(tmp_path / "last.pt", weights_only=True)
     assert saved["identity"]["images"] == 16
 
@@ -653,10 +666,11 @@ def file_for_folder(place: Path) -> list[object]:
         (lambda _: ["--model", "resnet51"], "not a model of timm. Near names: .*resnet"),
         (lambda _: ["--model-args", '{"nonsense": 1}'], "cannot be built as asked: .*nonsense"),
         (lambda _: ["--model-args", "3"], "no JSON object"),
-        (lambda _: ["--view-args", "blur"], "blur is no JSON object"),
+        (lambda _: ["--view-args", "blur"], "--view-args blur is no JSON object"),
         (lambda _: ["--view-args", '{"blurr": 1}'], "makes no views: .*'blurr'"),
         (lambda _: ["--view-args", '{"blur": 2}'], "makes no views: blur=2"),
         (lambda _: ["--view-args", '{"mean": [0]}'], "has mean, which the run sets itself"),
+        (lambda _: ["--held-out", 0], "0 must be above 0 and below the 24 images"),
         (lambda _: ["--held-out", 24], "24 must be above 0 and below the 24 images"),
         (lambda _: ["--max-minutes", -1], "--max-minutes must be 0 or more"),
         (lambda _: ["--knn-temperature", 0], "--knn-temperature 0.0 is not above 0"),

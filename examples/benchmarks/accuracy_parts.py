@@ -172,7 +172,7 @@ def peer(net: nn.Module, args: argparse.Namespace) -> Method:
     spec.loader.exec_module(module)
     learner = module.BYOL(net, SIZE, hidden_layer=-1, moving_average_decay=RECIPE.base_decay,
                           use_simplicial_embeddings=False, **HEAD)  # fmt: skip
-    learner(torch.rand(2, 3, SIZE, SIZE))  # it makes its projector and its target when first called
+    learner(torch.rand(2, 3, SIZE, SIZE))  # as its constructor does; README's table was made so
     parameters = [p for p in learner.parameters() if p.requires_grad]
     return Method(
         parameters, lambda images: learner(images / 255),

@@ -145,6 +145,8 @@ def parse_arguments() -> argparse.Namespace:
             setattr(args, name, value)
     if args.workers is not None and args.workers < 1:
         parser.error(f"--workers {args.workers}; expected a number of at least 1")
+    if args.workers and args.clock == "cpu":
+        parser.error("--workers needs --clock wall: other processes' CPU time is not seen here")
     if args.steps < 1:
         parser.error(f"--steps {args.steps}; expected a number of at least 1")
     if big and not gpu:
