@@ -22,5 +22,7 @@ def timm_model(name: str, image_size: int | None, options: dict[str, Any]) -> nn
 
 def shrink_stem(net: nn.Module) -> None:
     """Give a ResNet the first layers for 32 px: 3x3, stride 1, no max-pool."""
+    if not isinstance(getattr(net, "conv1", None), nn.Conv2d):
+        raise ValueError("--small-stem is for ResNets that begin with one convolution, conv1")
     width = net.conv1.out_channels
     net.conv1, net.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()

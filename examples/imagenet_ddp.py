@@ -152,6 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     check_output(args.output, source)
     if args.held_out is not None:
         source, test = hold_out(source, args.held_out)
+        if not (test.labels >= 0).any():
+            fail(f"--held-out {args.held_out}: they have no labels to ask for, so leave it out.")
     plan = make_plan(recipe, args, source, device, rank, world)
     if not args.dry_run:
         pretrain(recipe, plan, args, source, test)
@@ -261,7 +263,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     add("--scale-decay", action="store_true", help="--base-decay for the recipe's batch, to yours")
     add("--seed", type=int, default=0)
     add("--held-out", type=int, help="images of --data to test on instead of its own test images")
-    add("--max-minutes", type=float, help="save and stop then; the same command goes on")
+    add("--max-minutes", type=float, help="then save and stop, between two steps; go on as always")
     add("--decode-size", type=int, help="fast mode: crops on the device from squares of this side")
     add("--init-from", help="a file of weights, or 'timm' for timm's own")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -323,13 +325,15 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
         low = [name for name in names if not least <= given.get(name, least) < math.inf]
         if low:
             fail(f"--{low[0].replace('_', '-')} must be {least} or more.")
+    if args.knn_images < 5:
+        fail(f"--knn-images {args.knn_images} asks for a fifth of them, which is none: give 5.")
     if not 0 < args.knn_temperature < math.inf:
         fail(f"--knn-temperature {args.knn_temperature} is not above 0.")
     if not 0 <= recipe.base_decay <= 1:
         fail(f"--base-decay {recipe.base_decay} is not in [0, 1].")
     if not 0 < recipe.layer_decay <= 1:
         fail(f"--layer-decay {recipe.layer_decay} is not in (0, 1]: 0.75 is usual, 1 is none.")
-    for name in ("mean", "std", "crop", "dtype", "channels_last"):
+    for name in ("image_size", "preset", "mean", "std", "crop", "dtype", "channels_last"):
         if name in recipe.view_args:
             fail(f"--view-args has {name}, which the run sets itself: leave it out.")
     try:
@@ -400,7 +404,9 @@ def make_plan(
     if amp == "auto":
         amp = "bf16" if device.type == "cuda" else "none"
     identity = asdict(recipe) | {"lr": lr, "steps": steps, "base_decay": decay, "amp": amp}
-    identity |= {name: getattr(args, name) for name in ("seed", "decode_size", "init_from")}
+    identity |= {
+        name: getattr(args, name) for name in ("seed", "decode_size", "init_from", "held_out")
+    }
     identity |= {"images": len(source), "names of the images": source.fingerprint()}
     del identity["accumulate"]  # with other devices another one may be needed
     return Plan(
@@ -422,7 +428,7 @@ def build_learner(
         net = make_net(recipe, pretrained=args.init_from == "timm" and not state)
         mean, std = state["normalisation"] if state else initialise(net, plan, args)
         if recipe.freeze:
-            net.get_submodule(recipe.freeze).requires_grad_(False)
+            frozen(net, recipe.freeze).requires_grad_(False)
         if plan.world > 1 and plan.device.type == "cuda" and args.sync_bn and not recipe.freeze_bn:
             net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
         learner = BYOL(
@@ -455,6 +461,13 @@ def build_learner(
     if args.compile:
         learner.compile(fullgraph=True)
     return learner
+
+
+def frozen(net: nn.Module, name: str) -> nn.Module:
+    try:
+        return net.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"--freeze {name} is no module of it; --freeze '' freezes none") from None
 
 
 def make_net(recipe: Recipe, pretrained: bool) -> nn.Module:
@@ -490,9 +503,12 @@ def build_optimizer(learner: BYOL, recipe: Recipe, plan: Plan) -> torch.optim.Op
 
 
 def by_layer(groups: list[dict[str, Any]], net: nn.Module, decay: float) -> list[dict[str, Any]]:
-    """The groups split by timm's layers of `net`, each with its `lr_scale`; the heads' is 1."""
+    """The groups split by timm's layers of `net`, each with its `lr_scale`: the heads' is 1, that
+    of the last layer below them `decay`."""
     layers = param_groups_layer_decay(net, layer_decay=decay)
     scales = {p: layer["lr_scale"] for layer in layers for p in layer["params"]}
+    last = max(scales.get(p, 0.0) for group in groups for p in group["params"])  # no classifier
+    scales = {p: decay * scale / last for p, scale in scales.items()}
     split = []
     for group in groups:
         parts: dict[float, list[Tensor]] = {}

@@ -114,8 +114,8 @@ def test_layer_decay_slows_each_layer_by_its_distance_from_the_heads(
     }.items():
         run_here(tmp_path / name, "--data", npz, *NORM_FREE, *flags, *changes)
         weights[name] = state(tmp_path / name)["learner"]
-    scales = {"net.patch_embed.": 0.25, "net.cls_token": 0.25, "net.pos_embed": 0.25}
-    scales |= {"net.blocks.0.": 0.5, "net.blocks.1.": 1.0, "net.norm.": 1.0}
+    scales = {"net.patch_embed.": 0.125, "net.cls_token": 0.125, "net.pos_embed": 0.125}
+    scales |= {"net.blocks.0.": 0.25, "net.blocks.1.": 0.5, "net.norm.": 0.5}
     scales |= {"projector.": 1.0, "predictor.": 1.0}
     for name, start in weights["start"].items():
         scale = next((s for beginning, s in scales.items() if name.startswith(beginning)), None)
@@ -608,6 +608,10 @@ def other_arrays(place: Path) -> list[object]:
     return ["--data", place]
 
 
+def unlabelled(place: Path) -> list[object]:
+    return ["--data", write_folder(place / "flat", classes=1), "--held-out", 8]
+
+
 def damaged_cifar(place: Path) -> list[object]:
     (place / "cifar-10-batches-py").mkdir()
     return ["--data", place]
@@ -670,13 +674,17 @@ def file_for_folder(place: Path) -> list[object]:
         (lambda _: ["--view-args", '{"blurr": 1}'], "makes no views: .*'blurr'"),
         (lambda _: ["--view-args", '{"blur": 2}'], "makes no views: blur=2"),
         (lambda _: ["--view-args", '{"mean": [0]}'], "has mean, which the run sets itself"),
+        (unlabelled, "--held-out 8: they have no labels"),
+        (lambda _: ["--knn-images", 4], "--knn-images 4 asks for a fifth of them"),
+        (lambda _: ["--view-args", '{"image_size": 9}'], "has image_size, which the run sets"),
+        (lambda _: ["--small-stem", "--model", "resnet18d"], "begin with one convolution, conv1"),
         (lambda _: ["--held-out", 0], "0 must be above 0 and below the 24 images"),
         (lambda _: ["--held-out", 24], "24 must be above 0 and below the 24 images"),
         (lambda _: ["--max-minutes", -1], "--max-minutes must be 0 or more"),
         (lambda _: ["--knn-temperature", 0], "--knn-temperature 0.0 is not above 0"),
         (lambda _: ["--layer-decay", 0], "--layer-decay 0.0 is not in"),
         (lambda _: ["--layer-decay", 1.1], "--layer-decay 1.1 is not in"),
-        (lambda _: ["--freeze", "nothing"], "cannot be built as asked: .*nothing"),
+        (lambda _: ["--freeze", "nothing"], "--freeze nothing is no module of it"),
         (lambda _: ["--optimizer", "adam"], "--optimizer adam is none of lars"),
         (lambda _: ["--views", "mine"], "--views mine is none of"),
         (lambda _: ["--batch-size", 0], "--batch-size must be 1 or more"),
