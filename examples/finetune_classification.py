@@ -41,7 +41,6 @@ from evaluation_parts import (
 from finetune_loop import (
     add_flags,
     autocast,
-    flag,
     identity,
     join_processes,
     keep,
@@ -51,6 +50,7 @@ from finetune_loop import (
     saved,
     world_size,
 )
+from pretrain_data import flag
 from pretrain_state import seed_of, the_only_run
 from pretrain_watch import Journal
 from timm.layers import convert_sync_batchnorm

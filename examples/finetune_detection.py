@@ -36,13 +36,13 @@ from finetune_loop import (
     autocast,
     evaluation_loader,
     fine_tune,
-    flag,
     leave_processes,
     parse,
     protocol_parser,
     rank,
     world_size,
 )
+from pretrain_data import flag
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN

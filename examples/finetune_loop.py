@@ -10,7 +10,7 @@ import os
 import types
 from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -37,11 +37,6 @@ Figures = dict[str, float]
 
 
 # Flags ------------------------------------------------------------------------------------------
-
-
-def flag(text: str, **default: Any) -> Any:
-    """A field of a protocol, and what --help says of it and of where its default is from."""
-    return field(metadata={"help": text}, **default)
 
 
 def protocol_parser(description: str, protocols: dict[str, Any]) -> argparse.ArgumentParser:

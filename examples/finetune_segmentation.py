@@ -29,7 +29,6 @@ from finetune_loop import (
     autocast,
     evaluation_loader,
     fine_tune,
-    flag,
     leave_processes,
     parse,
     protocol_parser,
@@ -37,7 +36,7 @@ from finetune_loop import (
     world_size,
 )
 from PIL import Image
-from pretrain_data import ENDINGS, once
+from pretrain_data import ENDINGS, flag, once
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.datasets import Cityscapes

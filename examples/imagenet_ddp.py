@@ -30,6 +30,7 @@ from pretrain_data import (
     Source,
     TrainingImages,
     fail,
+    flag,
     hold_out,
     make_loader,
     on_device,
@@ -65,28 +66,35 @@ from byol_pytorch.optim import LARS, param_groups, scaled_decay, scaled_lr, warm
 class Recipe:
     """What is learned from which batches. Every field is a flag; a resumed run must not differ."""
 
-    epochs: int
-    base_lr: float  # for 256 images; scaled linearly with the batch
-    weight_decay: float
-    base_decay: float  # of the target's moving average
-    constant_decay: bool = False  # instead of rising to 1 by a half cosine
-    warmup_epochs: float = 10
-    layer_decay: float = 1.0  # of the learning rate, from each layer to the one below it
-    optimizer: str = "lars"
-    batch_size: int = 4096  # images of one optimizer step, over all devices and accumulated
-    accumulate: int = 1  # backward passes of one optimizer step
-    model: str = "resnet50"  # timm's name
-    model_args: dict[str, Any] = field(default_factory=dict)  # JSON, for timm.create_model
-    small_stem: bool = False  # a ResNet's first layers for 32 px: 3x3, stride 1, no max-pool
-    same_padding: bool = False  # strided layers pad as TensorFlow's, which DeepMind's weights want
-    freeze: str = ""  # a module that does not train
-    freeze_bn: bool = False  # batch norm keeps its statistics, to go on from existing weights
-    image_size: int = 224
-    views: str = "imagenet"  # a preset of byol_pytorch.augment
-    view_args: dict[str, Any] = field(default_factory=dict)  # JSON, what differs from the preset
-    projection_size: int = 256
-    projection_hidden_size: int = 4096
-    loss_scale: float = 1.0  # for SGD, which the loss' scale matters to
+    epochs: int = flag("passes over the images")
+    base_lr: float = flag("peak learning rate for 256 images, scaled linearly with the batch")
+    weight_decay: float = flag("of weights; biases and norms have none")
+    base_decay: float = flag("of the target's moving average, at the start")
+    constant_decay: bool = flag("instead of rising to 1 by a half cosine", default=False)
+    warmup_epochs: float = flag("in which the learning rate rises", default=10)
+    layer_decay: float = flag("of the rate, from each layer to the one below it", default=1.0)
+    optimizer: str = flag("lars, adamw or sgd", default="lars")
+    batch_size: int = flag("images of one step, over all devices and accumulated", default=4096)
+    accumulate: int = flag("backward passes of one step", default=1)
+    model: str = flag("timm's name", default="resnet50")
+    model_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "JSON, for timm.create_model"}
+    )
+    small_stem: bool = flag(
+        "a ResNet's first layers for 32 px: 3x3, stride 1, no pool", default=False
+    )
+    same_padding: bool = flag("pad as TensorFlow does, for DeepMind's weights", default=False)
+    freeze: str = flag("a module that does not train", default="")
+    freeze_bn: bool = flag("keep the statistics of existing weights", default=False)
+    image_size: int = flag("side of the views, pixels", default=224)
+    views: str = flag(f"preset of the views: {', '.join(PRESETS)}", default="imagenet")
+    view_args: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "JSON, what differs from it: arguments of augment.ViewAugmentation"},
+    )
+    projection_size: int = flag("outputs of projector and predictor", default=256)
+    projection_hidden_size: int = flag("their hidden width", default=4096)
+    loss_scale: float = flag("factor of the loss, which matters to SGD", default=1.0)
 
     @property
     def crop(self) -> Crop:
@@ -252,12 +260,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     add("--output", type=Path, default=Path("runs/pretrain"), help="folder of the run")
     add("--recipe", choices=RECIPES, default="paper-100", help="what the flags below default to")
     hints = get_type_hints(Recipe)
-    group = parser.add_argument_group("recipe", "the class Recipe says what each of these is")
+    group = parser.add_argument_group("recipe", "each defaults to what --recipe has")
     for f in fields(Recipe):
-        flag = "--" + f.name.replace("_", "-")
-        kind = partial(json_object, flag) if f.default_factory is dict else hints[f.name]
+        name = "--" + f.name.replace("_", "-")
+        kind = partial(json_object, name) if f.default_factory is dict else hints[f.name]
         how = {"action": switch} if kind is bool else {"type": kind}
-        group.add_argument(flag, default=None, **how)
+        group.add_argument(name, default=None, help=f.metadata["help"], **how)
     add("--lr", type=float, help="peak learning rate itself, instead of --base-lr")
     add("--steps", type=int, help="optimizer steps, instead of --epochs; warm-up keeps its share")
     add("--scale-decay", action="store_true", help="--base-decay for the recipe's batch, to yours")
@@ -279,7 +287,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     add("--knn-every", type=int, default=10, help="epochs between kNN accuracies, 0 for none")
     add("--knn-images", type=int, default=20_000, help="at most so many, a fifth of them asked")
     add("--knn-neighbours", type=int, default=20, help="that vote, or all where there are fewer")
-    add("--knn-temperature", type=float, default=0.07, help="of their votes")
+    add("--knn-temperature", type=float, default=0.07, help="a vote counts exp(cosine / it)")
     add("--max-bad", type=float, default=0.01, help="part of the images that may be unreadable")
     add("--max-skipped", type=int, default=20, help="non-finite steps in a row before stopping")
     add("--dry-run", action="store_true", help="print what would run")

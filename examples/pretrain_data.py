@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -557,6 +557,11 @@ def header_size(source: Source, index: int) -> tuple[int, int]:
         return source.size
     width, height = Image.open(io.BytesIO(source.read(index))).size
     return height, width
+
+
+def flag(text: str, **default: Any) -> Any:
+    """A field of a recipe or protocol, and what --help says of it and its default's source."""
+    return field(metadata={"help": text}, **default)
 
 
 def fail(sentence: str) -> NoReturn:
