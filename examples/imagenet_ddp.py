@@ -326,7 +326,7 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
     given = asdict(recipe) | {k: v for k, v in vars(args).items() if v is not None}
     counts = ("epochs", "batch_size", "accumulate", "image_size", "projection_size")
     counts += ("projection_hidden_size", "steps", "save_every", "log_every", "health_every")
-    counts += ("knn_images", "knn_neighbours", "max_skipped", "decode_size")
+    counts += ("knn_neighbours", "max_skipped", "decode_size")
     numbers = ("seed", "workers", "lr", "base_lr", "loss_scale", "weight_decay", "max_bad")
     numbers += ("knn_every", "max_minutes")
     for names, least in ((counts, 1), (numbers, 0)):

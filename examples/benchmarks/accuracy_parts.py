@@ -4,8 +4,6 @@ Everything is held in memory as uint8; the labels serve the evaluation alone.
 """
 
 import argparse
-import copy
-import importlib.util
 import io
 import itertools
 import math
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from quickstart import RECIPE
 from quickstart_data import as_batch, photograph_windows
+from step_contestants import LightlyBYOL, lightly_views, peer_class
 
 from byol_pytorch import BYOL
 from byol_pytorch.augment import byol_views
@@ -144,7 +143,7 @@ class Method:
     """`loss` of a uint8 batch, on the paper's scale; `moved` after each optimizer step."""
 
     parameters: list[nn.Parameter]
-    loss: Callable[..., Tensor]
+    loss: Callable[[Tensor], Tensor]
     moved: Callable[[int], None]  # given the number of the step
 
 
@@ -164,14 +163,10 @@ def ours(net: nn.Module, rung: Rung, steps: int) -> Method:
 
 def peer(net: nn.Module, args: argparse.Namespace) -> Method:
     """byol-pytorch 0.9.1, whose decay is constant; BYOL's plain heads, not its simplicial ones."""
-    path = args.peers / "byol_pytorch" / "byol_pytorch.py"
-    # By its path: the package has this one's import name, and imports accelerate and beartype.
-    spec = importlib.util.spec_from_file_location("peer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    learner = module.BYOL(net, SIZE, hidden_layer=-1, moving_average_decay=RECIPE.base_decay,
-                          use_simplicial_embeddings=False, **HEAD)  # fmt: skip
+    learner = peer_class(args)(
+        net, SIZE, hidden_layer=-1, moving_average_decay=RECIPE.base_decay,
+        use_simplicial_embeddings=False, **HEAD,
+    )  # fmt: skip
     learner(torch.rand(2, 3, SIZE, SIZE))  # as its constructor does; README's table was made so
     parameters = [p for p in learner.parameters() if p.requires_grad]
     return Method(
@@ -181,58 +176,15 @@ def peer(net: nn.Module, args: argparse.Namespace) -> Method:
 
 
 def lightly(net: Any, rung: Rung, steps: int) -> Method:
-    transform = lightly_views(blurred=rung.preset != "cifar")
-    of_views = lightly_method(net, steps)
+    parts = LightlyBYOL(net, HEAD["projection_hidden_size"], HEAD["projection_size"])
+    transform = lightly_views(SIZE, rung.preset)
 
     def loss(images: Tensor) -> Tensor:
         pictures = (Image.fromarray(image) for image in images.permute(0, 2, 3, 1).numpy())
         views = zip(*(transform(picture) for picture in pictures), strict=True)
-        return of_views.loss(*(torch.stack(view) for view in views))
-
-    return Method(of_views.parameters, loss, of_views.moved)
-
-
-def lightly_views(blurred: bool) -> Callable[[Image.Image], list[Tensor]]:
-    """Its own; its CIFAR-10 benchmark has no blur."""
-    from lightly.transforms.byol_transform import (
-        BYOLTransform,
-        BYOLView1Transform,
-        BYOLView2Transform,
-    )
-
-    blur = {} if blurred else {"gaussian_blur": 0.0}
-    transform: Callable[[Image.Image], list[Tensor]] = BYOLTransform(
-        BYOLView1Transform(input_size=SIZE, **blur), BYOLView2Transform(input_size=SIZE, **blur)
-    )
-    return transform
-
-
-def lightly_method(net: Any, steps: int) -> Method:
-    """BYOL as lightly's documentation builds it from its heads, loss and EMA; of two views."""
-    from lightly.loss import NegativeCosineSimilarity
-    from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
-    from lightly.models.utils import deactivate_requires_grad, update_momentum
-
-    hidden, out = HEAD["projection_hidden_size"], HEAD["projection_size"]
-    projector = BYOLProjectionHead(net.num_features, hidden, out)
-    predictor = BYOLPredictionHead(out, hidden, out)
-    projector, predictor = (head.to(next(net.parameters())) for head in (projector, predictor))
-    target_net, target_projector = copy.deepcopy(net), copy.deepcopy(projector)
-    deactivate_requires_grad(target_net)
-    deactivate_requires_grad(target_projector)
-    criterion = NegativeCosineSimilarity()
-
-    def loss(one: Tensor, two: Tensor) -> Tensor:
-        p_one, p_two = (predictor(projector(net(view))) for view in (one, two))
-        with torch.no_grad():
-            z_one, z_two = (target_projector(target_net(view)) for view in (one, two))
-        # 4 times its own scale: 2 - 2 cos in both directions, up to a constant.
-        return 2 * (criterion(p_one, z_two) + criterion(p_two, z_one)) + 4
+        return 4 * parts.loss(*(torch.stack(view) for view in views)) + 4  # on the paper's scale
 
     def moved(step: int) -> None:
-        decay = 1 - (1 - RECIPE.base_decay) * (math.cos(math.pi * step / steps) + 1) / 2
-        update_momentum(net, target_net, m=decay)
-        update_momentum(projector, target_projector, m=decay)
+        parts.move(1 - (1 - RECIPE.base_decay) * (math.cos(math.pi * step / steps) + 1) / 2)
 
-    parameters = [*net.parameters(), *projector.parameters(), *predictor.parameters()]
-    return Method(parameters, loss, moved)
+    return Method(parts.parameters, loss, moved)

@@ -82,13 +82,8 @@ def ours(
 
 
 def peer(net: nn.Module, ready: tuple[Tensor, Tensor] | None, args: argparse.Namespace) -> Step:
-    # By its path: the package has this one's import name, and imports accelerate and beartype.
-    spec = importlib.util.spec_from_file_location("peer", peer_file(args))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     augment = [lambda _, view=view: view for view in ready] if ready else [None, None]
-    learner = module.BYOL(
+    learner = peer_class(args)(
         net, args.image_size, hidden_layer=-1, augment_fn=augment[0], augment_fn2=augment[1],
         moving_average_decay=0.996, use_simplicial_embeddings=False,
     )  # fmt: skip
@@ -109,52 +104,73 @@ def peer(net: nn.Module, ready: tuple[Tensor, Tensor] | None, args: argparse.Nam
 def lightly(
     net: nn.Module, views: Callable[[], tuple[Tensor, Tensor]], args: argparse.Namespace
 ) -> Step:
-    from lightly.loss import NegativeCosineSimilarity
-    from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
-    from lightly.models.utils import deactivate_requires_grad, update_momentum
-
-    projector = BYOLProjectionHead(net.num_features, 4096, 256).to(args.device)
-    predictor = BYOLPredictionHead(256, 4096, 256).to(args.device)
-    target_net, target_projector = copy.deepcopy(net), copy.deepcopy(projector)
-    deactivate_requires_grad(target_net)
-    deactivate_requires_grad(target_projector)
-    optimizer = sgd([*net.parameters(), *projector.parameters(), *predictor.parameters()])
-    criterion = NegativeCosineSimilarity()
+    parts = LightlyBYOL(net, 4096, 256)
+    optimizer = sgd(parts.parameters)
     if args.compile:
         net.compile()
-        target_net.compile()
-
-    def loss() -> Tensor:
-        one, two = views()
-        p_one, p_two = (predictor(projector(net(view))) for view in (one, two))
-        with torch.no_grad():
-            z_one, z_two = (target_projector(target_net(view)) for view in (one, two))
-        return 0.5 * (criterion(p_one, z_two) + criterion(p_two, z_one))
+        parts.target_net.compile()
 
     def step() -> None:
-        update_momentum(net, target_net, m=0.996)
-        update_momentum(projector, target_projector, m=0.996)
-        optimize(loss, optimizer, args)
+        parts.move(0.996)
+        optimize(lambda: parts.loss(*views()), optimizer, args)
 
     return step
+
+
+class LightlyBYOL:
+    """BYOL as lightly's documentation builds it from its heads, loss and EMA."""
+
+    def __init__(self, net: Any, hidden: int, out: int) -> None:
+        from lightly.loss import NegativeCosineSimilarity
+        from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
+        from lightly.models.utils import deactivate_requires_grad
+
+        device = next(net.parameters()).device
+        self.net, self.criterion = net, NegativeCosineSimilarity()
+        self.projector = BYOLProjectionHead(net.num_features, hidden, out).to(device)
+        self.predictor = BYOLPredictionHead(out, hidden, out).to(device)
+        self.target_net, self.target_projector = copy.deepcopy(net), copy.deepcopy(self.projector)
+        deactivate_requires_grad(self.target_net)
+        deactivate_requires_grad(self.target_projector)
+        online = (net, self.projector, self.predictor)
+        self.parameters = [p for module in online for p in module.parameters()]
+
+    def loss(self, one: Tensor, two: Tensor) -> Tensor:
+        """In [-1, 1]: a quarter of the paper's, less 1."""
+        p_one, p_two = (self.predictor(self.projector(self.net(view))) for view in (one, two))
+        with torch.no_grad():
+            z_one, z_two = (self.target_projector(self.target_net(view)) for view in (one, two))
+        loss: Tensor = 0.5 * (self.criterion(p_one, z_two) + self.criterion(p_two, z_one))
+        return loss
+
+    def move(self, decay: float) -> None:
+        from lightly.models.utils import update_momentum
+
+        update_momentum(self.net, self.target_net, m=decay)
+        update_momentum(self.projector, self.target_projector, m=decay)
+
+
+def lightly_views(image_size: int, preset: str) -> Callable[[Image.Image], list[Tensor]]:
+    """Both of its views; its CIFAR-10 benchmark has no blur."""
+    from lightly.transforms.byol_transform import (
+        BYOLTransform,
+        BYOLView1Transform,
+        BYOLView2Transform,
+    )
+
+    blur = {"gaussian_blur": 0.0} if preset == "cifar" else {}
+    transform: Callable[[Image.Image], list[Tensor]] = BYOLTransform(
+        BYOLView1Transform(input_size=image_size, **blur),
+        BYOLView2Transform(input_size=image_size, **blur),
+    )
+    return transform
 
 
 class Pictures(Dataset[list[Tensor]]):
     """Decoded pictures, endlessly many, as the views that lightly's transform makes of them."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from lightly.transforms.byol_transform import (
-            BYOLTransform,
-            BYOLView1Transform,
-            BYOLView2Transform,
-        )
-
-        # lightly's CIFAR-10 benchmark has no blur.
-        blur = {"gaussian_blur": 0.0} if args.views == "cifar" else {}
-        self.transform = BYOLTransform(
-            BYOLView1Transform(input_size=args.image_size, **blur),
-            BYOLView2Transform(input_size=args.image_size, **blur),
-        )
+        self.transform = lightly_views(args.image_size, args.views)
         of_host = argparse.Namespace(**vars(args) | {"device": "cpu", "channels_last": False})
         self.pixels = uint8_images(of_host).permute(0, 2, 3, 1).numpy()
 
@@ -162,8 +178,7 @@ class Pictures(Dataset[list[Tensor]]):
         return 10**9
 
     def __getitem__(self, index: int) -> list[Tensor]:
-        views: list[Tensor] = self.transform(Image.fromarray(self.pixels[index % len(self.pixels)]))
-        return views
+        return self.transform(Image.fromarray(self.pixels[index % len(self.pixels)]))
 
 
 def lightly_batches(args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
@@ -217,3 +232,12 @@ def uint8_images(args: argparse.Namespace) -> Tensor:
 
 def peer_file(args: argparse.Namespace) -> Path:
     return args.peers / "byol_pytorch" / "byol_pytorch.py"
+
+
+def peer_class(args: argparse.Namespace) -> Any:
+    """0.9.1's BYOL, by its path: the package has this one's import name, and needs others."""
+    spec = importlib.util.spec_from_file_location("peer", peer_file(args))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.BYOL
