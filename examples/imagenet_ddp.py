@@ -90,7 +90,7 @@ class Recipe:
     views: str = flag(f"preset of the views: {', '.join(PRESETS)}", default="imagenet")
     view_args: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "JSON, what differs from it: arguments of augment.ViewAugmentation"},
+        metadata={"help": "JSON, what differs from it: arguments of augment.byol_views"},
     )
     projection_size: int = flag("outputs of projector and predictor", default=256)
     projection_hidden_size: int = flag("their hidden width", default=4096)
@@ -571,12 +571,11 @@ class Views:
             mean=mean,
             std=std,
             channels_last=args.channels_last,
+            compile=args.compile or None,  # on a GPU the views compile in any case
             **recipe.view_args,
         )
-        self.transforms = [view.transform for view in self.pair]
-        if args.compile:
-            self.transforms = [torch.compile(t, fullgraph=True) for t in self.transforms]
-        self.generator = torch.Generator(plan.device)
+        for view in self.pair:
+            view.to(plan.device)
 
     def batches(self, start: int) -> Iterator[tuple[list[Tensor], list[Bad]]]:
         device = self.plan.device
@@ -594,18 +593,21 @@ class Views:
                 numbers = numbers.pin_memory().to(device, non_blocking=True)
             yield [kept[numbers]], []
 
-    def draw(self, step: int) -> list[dict[str, Tensor]]:
-        self.generator.manual_seed(seed_of(self.args.seed, 2, step))
-        pixel = torch.empty(1, 1, 1, 1, dtype=torch.uint8, device=self.plan.device)
-        batch = pixel.expand(self.recipe.batch_size, 3, *self.shape)  # its shape is what counts
-        return [view.sample(batch, self.generator) for view in self.pair]
+    def draw(self, step: int) -> list[Any]:
+        devices = [self.plan.device] if self.plan.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed_of(self.args.seed, 2, step))
+            shape = torch.Size((self.recipe.batch_size, 3, *self.shape))
+            return [view.forward_parameters(shape) for view in self.pair]
 
-    def make(self, images: list[Tensor], draws: Any, part: int) -> list[Tensor]:
+    def make(self, images: list[Tensor], draws: list[Any], part: int) -> list[Tensor]:
         first = (self.plan.rank * self.recipe.accumulate + part) * self.plan.images
-        some = slice(first, first + self.plan.images)
-        mine = [{name: values[some] for name, values in each.items()} for each in draws]
+        mine = slice(first, first + self.plan.images)
         sides = (images[0], images[-1])
-        return [t(x, d) for t, x, d in zip(self.transforms, sides, mine, strict=True)]
+        return [
+            view(some, params=view.take(params, mine))
+            for view, some, params in zip(self.pair, sides, draws, strict=True)
+        ]
 
 
 def export(learner: BYOL, journal: Journal, args: argparse.Namespace) -> None:

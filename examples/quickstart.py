@@ -23,7 +23,7 @@ from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 from byol_pytorch import BYOL, checkpoint
-from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, ViewAugmentation, byol_views
+from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, byol_views
 from byol_pytorch.evaluation.knn import knn_accuracy
 
 
@@ -314,7 +314,7 @@ def endless_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         yield from order[: count - count % batch_size].split(batch_size)
 
 
-def views(args: argparse.Namespace) -> tuple[ViewAugmentation, ViewAugmentation]:
+def views(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     """The paper's two distributions of views, or what the recipe makes of them."""
     changes = {} if args.data else RECIPE.window_views
     return byol_views(args.image_size, channels_last=True, **changes)

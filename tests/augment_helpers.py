@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import skimage.data
 import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-from byol_pytorch.augment import ViewAugmentation
+from byol_pytorch.augment import byol_views
 
 BARE = {"flip": 0, "jitter": 0, "grayscale": 0, "blur": 0, "mean": None, "std": None}
 STILL = {**BARE, "crop": False}
@@ -29,23 +30,46 @@ def small_photographs(height: int, width: int) -> Tensor:
     return TF.resize(photographs(), [height, width], antialias=True)
 
 
-def transform(view: ViewAugmentation, path: str) -> Callable[..., Tensor]:
-    """As an eager CPU does it, or as a GPU and a compiler do."""
+def one_view(image_size: int | tuple[int, int], preset: str = "imagenet", **settings: Any) -> Any:
+    return byol_views(image_size, preset, **settings)[0]
+
+
+def by(view: Any, path: str) -> Callable[..., Tensor]:
+    """The view as an eager CPU computes it, or as a GPU and a compiler do."""
     if path == "eager":
-        return view.transform
-    return torch.compile(view.transform, fullgraph=True, backend="eager", dynamic=False)
+        return view
+    return torch.compile(view, fullgraph=True, backend="eager", dynamic=False)
 
 
-def drawn(view: ViewAugmentation, images: Tensor, **fixed: object) -> dict[str, Tensor]:
-    params = view.sample(images)
-    for name, value in fixed.items():
-        params[name] = torch.as_tensor(value).expand_as(params[name]).to(params[name].dtype)
+def of(params: list[Any], kind: str) -> dict[str, Tensor]:
+    """The draws of the stage with the class name `kind`."""
+    return next(item.data for item in params if item.name.startswith(kind))
+
+
+def boxes(params: list[Any]) -> Tensor:
+    """(B, 4): top, left, height and width of the crops."""
+    corners = of(params, "RandomResizedCrop")["src"]
+    (left, top), (right, bottom) = corners[:, 0].T, corners[:, 2].T
+    return torch.stack((top, left, bottom - top + 1, right - left + 1), dim=1).long()
+
+
+def drew(params: list[Any], kind: str) -> Tensor:
+    """(B,) bool: the images that drew the stage."""
+    return of(params, kind)["batch_prob"] > 0.5
+
+
+def fix(params: list[Any], kind: str, **values: Any) -> list[Any]:
+    """The draws with some of one stage's set to values for each image or for all."""
+    draws = of(params, kind)
+    for name, value in values.items():
+        value = torch.as_tensor(value, dtype=draws[name].dtype)
+        draws[name] = value.expand_as(draws[name]).clone()
     return params
 
 
-def many(batch: int = 20_000, height: int = 240, width: int = 300) -> Tensor:
-    """A batch to draw for that takes no memory."""
-    return torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(batch, 3, height, width)
+def many(batch: int = 20_000, height: int = 240, width: int = 300) -> tuple[int, ...]:
+    """The shape of a large batch to draw for."""
+    return (batch, 3, height, width)
 
 
 def close(rate: Tensor, expected: float, batch: int = 20_000) -> bool:

@@ -23,7 +23,7 @@ import finetune_loop  # noqa: E402
 from evaluation_parts import Facts  # noqa: E402
 
 TINY = (
-    *("--model", "resnet10t", "--model-args", '{"channels": [4, 4, 8, 8]}', "--image-size", 32),
+    *("--model", "resnet10t", "--model-args", '{"channels": [8, 8, 16, 16]}', "--image-size", 32),
     *("--workers", 0, "--device", "cpu", "--total-batch", 8, "--epochs", 3, "--eval-every", 1),
 )  # fmt: skip
 VIT = (
@@ -93,7 +93,7 @@ def test_multi_head_gives_the_published_table(data: Path, tmp_path: Path) -> Non
 
 def test_layers_by_name_have_heads_in_any_network(data: Path, tmp_path: Path) -> None:
     found = run(data, tmp_path, *TINY, "--protocol", "multi-head", "--model", "convnext_atto",
-                "--model-args", '{"dims": [4, 4, 8, 8], "depths": [1, 1, 1, 1]}', "--cached",
+                "--model-args", '{"dims": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}', "--cached",
                 "--stages", "stages.1", "stages.3")  # fmt: skip
     assert found["columns"] == ["", "stages.1", "stages.3"]
     assert found["rows"][2][1:] == [None, None]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceW
 
 LAYERS = [f"feature{i}" for i in range(1, 6)]
 TINY = (
-    *("--model", "resnet10t", "--model-args", '{"channels": [4, 4, 8, 8]}', "--image-size", "32"),
+    *("--model", "resnet10t", "--model-args", '{"channels": [8, 8, 16, 16]}', "--image-size", "32"),
     *("--batch-size", "16", "--workers", "0", "--device", "cpu", "--jobs", "1"),
     *("--costs", "1", "100", "--shots", "1", "2", "--samplings", "2"),
 )

@@ -243,7 +243,7 @@ def test_a_killed_run_goes_on_exactly(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = (*TINY, "--model", "resnet10t", "--base-lr", 0.1, "--model-args",
-             '{"channels": [4, 4, 8, 8], "drop_rate": 0.5, "drop_path_rate": 0.5}')  # fmt: skip
+             '{"channels": [8, 8, 16, 16], "drop_rate": 0.5, "drop_path_rate": 0.5}')  # fmt: skip
     whole = run(data, tmp_path / "whole", *flags)
     save, count = finetune_loop.checkpoint.save, []
 

@@ -30,7 +30,7 @@ pytestmark = [
 ]
 
 TINY = (
-    *("--model", "resnet10t", "--model-args", '{"channels": [4, 4, 8, 8]}', "--device", "cpu"),
+    *("--model", "resnet10t", "--model-args", '{"channels": [8, 8, 16, 16]}', "--device", "cpu"),
     *("--iterations", "4", "--batch-size", "2", "--warmup", "1", "--workers", "0"),
     *("--train-sizes", "48", "64", "--image-size", "64", "--anchors", "8", "16", "32", "64", "128"),
     *("--regions", "8", "--proposals", "10", "--detections", "5", "--log-every", "1"),

@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 TINY = (
-    *("--model", "resnet10t", "--model-args", '{"channels": [4, 4, 8, 8]}', "--device", "cpu"),
+    *("--model", "resnet10t", "--model-args", '{"channels": [8, 8, 16, 16]}', "--device", "cpu"),
     *("--iterations", "4", "--batch-size", "2", "--image-size", "48", "--short-edge", "48"),
     *("--workers", "0", "--log-every", "1"),
 )

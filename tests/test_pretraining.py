@@ -74,8 +74,8 @@ def test_a_recipe_on_imagenet_is_the_published_one(
     ("recipe", "changes"),
     [
         ("vit", ("--model-args", '{"depth": 1, "embed_dim": 16, "num_heads": 2, "patch_size": 8}')),
-        ("small", ("--model-args", '{"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}')),
-        ("mmselfsup-8xb32-accum16-200", ("--model-args", '{"channels": [4, 4, 8, 8]}')),
+        ("small", ("--model-args", '{"channels": [8, 8, 16, 16], "layers": [1, 1, 1, 1]}')),
+        ("mmselfsup-8xb32-accum16-200", ("--model-args", '{"channels": [8, 8, 16, 16]}')),
     ],
 )
 def test_a_recipe_trains(
@@ -329,7 +329,7 @@ def test_a_compiled_run_of_two_ranks_resumes_an_eager_one(tmp_path: Path) -> Non
 
 def trained(**options: Any) -> Any:
     """A network as after training: no tensor of it is as it was initialised."""
-    net = timm.create_model("resnet10t", channels=[4, 4, 8, 8], **options)
+    net = timm.create_model("resnet10t", channels=[8, 8, 16, 16], **options)
     generator = torch.Generator().manual_seed(3)
     for value in net.state_dict().values():
         if value.is_floating_point():
@@ -404,7 +404,7 @@ def test_training_goes_on_from_the_state_and_the_backbone_of_another_run(
 
 def overlay(file: Path, **facts: object) -> tuple[str, str]:
     """timm's pretrained weights are this file."""
-    arguments = {"channels": [4, 4, 8, 8], "pretrained_cfg_overlay": {"file": str(file), **facts}}
+    arguments = {"channels": [8, 8, 16, 16], "pretrained_cfg_overlay": {"file": str(file), **facts}}
     return "--model-args", json.dumps(arguments)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch import _view_checks
+from byol_pytorch.augment.views import sides
 from byol_pytorch.heads import BatchNorm, world_size
 from byol_pytorch.probe import tensors
 
@@ -175,7 +175,7 @@ def check_image_size(image_size: Any, example_input: Any) -> tuple[int, int] | N
     """(height, width) of a valid image_size; None where example_input stands for it."""
     if image_size is None and example_input is not None:
         return None
-    return _view_checks.size(image_size)
+    return sides(image_size)
 
 
 def check_decay(decay: float, total_steps: int | None) -> None:

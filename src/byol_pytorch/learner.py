@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.augment import ViewAugmentation, byol_views
+from byol_pytorch.augment.views import as_view, byol_views
 from byol_pytorch.diagnostics import health
 from byol_pytorch.heads import mlp, simplicial_embedding, simsiam_mlp
 from byol_pytorch.inputs import (
@@ -201,9 +201,9 @@ class BYOL(nn.Module):
                 "There are no default views without image_size or for inputs other than "
                 "(B, C, H, W). Give augment_fn, or call learner(view_one, view_two)."
             )
-        raw = scaled(images) if self._scale_first else images
         with torch.autocast(tensors(images)[0].device.type, enabled=False):
-            return self.augment_fn(raw), self.augment_fn2(raw)
+            first, second = self.augment_fn, self.augment_fn2
+            return first(self._raw(images, first)), second(self._raw(images, second))
 
     def representation(self, images: Any, normalise: bool = True) -> Tensor:
         """(B, D) of `images` without augmentation, in the current mode, with gradient.
@@ -291,8 +291,8 @@ class BYOL(nn.Module):
     ) -> None:
         layout = self._layout
         pictures = layout.size is not None and layout.shape is not None and len(layout.shape) == 4
-        first: ViewAugmentation | None = None
-        second: ViewAugmentation | None = None
+        first: Augmentation | None = None
+        second: Augmentation | None = None
         if augment_fn is None and pictures:
             assert layout.size is not None
             first, second = byol_views(layout.size, mean=mean, std=std)
@@ -305,10 +305,35 @@ class BYOL(nn.Module):
         self.augment_fn = first if augment_fn is None else augment_fn
         fallback = second if augment_fn is None else augment_fn
         self.augment_fn2 = fallback if augment_fn2 is None else augment_fn2
-        # Users' callables are given floats in [0, 1]; the default views take uint8 as it is.
-        self._scale_first = augment_fn is not None or augment_fn2 is not None
-        self._default_view = first
-        self.normalisation = None if first is None else first.statistics(layout.channels or 0)
+        one = self._normalisation_of(self.augment_fn)
+        two = self._normalisation_of(self.augment_fn2)
+        known = [as_view(view) is not None for view in (self.augment_fn, self.augment_fn2)]
+        if one != two and known[0] and (known[1] or augment_fn is None):
+            raise ValueError(
+                f"The first view is normalised by {one}, the second by "
+                f"{two if known[1] else 'what augment_fn2 does'}; expected the same of both. Give "
+                "byol_views(image_size, mean=..., std=...)[0] as augment_fn, with mean=None and "
+                "std=None where augment_fn2 does not normalise."
+            )
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """(mean, std) that the Normalize stage of the first view works with; None without one, or
+        where augment_fn is not of byol_views."""
+        return self._normalisation_of(self.augment_fn)
+
+    @staticmethod
+    def _raw(images: Any, augment_fn: Augmentation) -> Any:
+        # byol_views take uint8 as it is; other callables are given floats in [0, 1].
+        return scaled(images) if as_view(augment_fn) is None else images
+
+    def _normalisation_of(self, augment_fn: Augmentation | None) -> Any:
+        view = as_view(augment_fn)
+        statistics = view and view.statistics(self._layout.channels or 0)
+        # float32 holds 7 digits: those that were given.
+        return statistics and tuple(
+            tuple(float(f"{x:.7g}") for x in values.tolist()) for values in statistics
+        )
 
     def _check_images(self, images: Any) -> None:
         self._layout.check(images, "The images", self.check_finite)
@@ -324,8 +349,8 @@ class BYOL(nn.Module):
 
     def _as_seen(self, images: Any, normalise: bool = True) -> Any:
         self._check_images(images)
-        if normalise and self._default_view is not None:
-            return self._default_view.normalise(images)
+        if normalise and (view := as_view(self.augment_fn)) is not None:
+            return view.normalise(images)
         return scaled(images)
 
     def _loss(self, one: Any, two: Any) -> Tensor:

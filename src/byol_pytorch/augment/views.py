@@ -1,0 +1,313 @@
+"""BYOL's two view distributions as kornia pipelines: presets and strengths.
+
+The stages that are not kornia's own stand in stages.py, the container in pipeline.py.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:  # kornia is imported by the first call: it takes a tenth of torch's time
+    from byol_pytorch.augment.pipeline import ViewSequential
+
+Statistics = Literal["auto"] | Sequence[float] | None
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# What differs from the defaults of `_view`, for the first and the second view. BYOL's paper
+# (arXiv 2006.07733), appendix B and table 6, has the strengths and probabilities.
+PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # The paper's figures, each operation as torchvision and kornia define it.
+    "imagenet": ({}, {"blur": 0.1, "solarize": 0.2}),
+    # github.com/google-deepmind/deepmind-research, byol/utils/augmentations.py and dataset.py.
+    "deepmind": (
+        {"semantics": "deepmind"},
+        {"semantics": "deepmind", "blur": 0.1, "solarize": 0.2},
+    ),
+    # 32 px: no blur. solo-learn, scripts/pretrain/cifar/augmentations/asymmetric.yaml (the one its
+    # byol.yaml names); lightly's CIFAR-10 benchmark switches the blur off as well.
+    "cifar": ({"blur": 0.0}, {"blur": 0.0, "solarize": 0.2}),
+}
+
+
+def byol_views(
+    image_size: int | tuple[int, int],
+    preset: str = "imagenet",
+    *,
+    mean: Statistics = "auto",
+    std: Statistics = "auto",
+    **changes: Any,
+) -> tuple["ViewSequential", "ViewSequential"]:
+    """The first and the second view distribution of BYOL, each a kornia pipeline.
+
+    Every image has draws of its own. In this order: random resized crop (bicubic), flips, quarter
+    turns, colour jitter in a random order, grayscale, Gaussian blur, solarize, normalisation; what
+    has the probability 0 is no stage. Saturation, hue and grayscale need RGB and are left out for
+    channel counts other than 3; contrast then goes around the mean of all channels.
+
+    Presets: "imagenet" (the paper's strengths, torchvision's and kornia's operations), "deepmind"
+    (DeepMind's published code to the letter; `semantics` says what differs) and "cifar" (32 px: no
+    blur).
+
+    Args:
+        image_size: side or (height, width) of the views.
+        mean, std: of the normalisation, one value a channel. "auto": ImageNet's for three channels,
+            none for others. None: none.
+        changes: for both views, with the defaults of the preset "imagenet":
+
+            scale=(0.08, 1.0), ratio=(3/4, 4/3): the crop's part of the image's area, and its width
+            over height. crop=True: False for images that are views' crops already.
+
+            flip=0.5, vertical_flip=0.0, rotate90=0.0: probabilities. A rotation is by 90, 180 or
+            270 degrees, each as likely as the others; where the view is not square, by 180.
+
+            jitter=0.8: probability of the colour jitter. brightness=0.4, contrast=0.4,
+            saturation=0.2: factors are uniform in [1 - strength, 1 + strength]. hue=0.1: shifts are
+            uniform in [-hue, hue] parts of the colour circle.
+
+            grayscale=0.2, blur=1.0 (second view 0.1), solarize=0.0 (second view 0.2):
+            probabilities. blur_kernel="auto": odd number of taps, about a tenth of the shorter
+            side, 23 at 224. sigma=(0.1, 2.0): range of the blur's standard deviation in pixels.
+            solarize_threshold=0.5: values from it on are inverted.
+
+            semantics="torchvision": ten tries for a crop that fits, antialiased; multiplicative
+            brightness; contrast around the mean of the gray image; saturation blends with the gray
+            image; blur reflects at the border; gray weights are kornia's (0.299 for red where
+            torchvision has 0.2989). "deepmind": one try, cut to the image, not antialiased
+            (tf.image.resize); brightness adds a value in [-strength, strength]; contrast around
+            each channel's mean; saturation scales HSV's S; blur pads with zeros; 0.2989.
+
+            dtype=torch.float32, channels_last=False: of the views.
+
+            compile=None: whether torch.compile fuses the stages at the first call; None: on CUDA.
+
+    Raises ValueError or TypeError on an unknown preset, an unknown name or a value out of range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(
+            f"preset={preset!r} is not known. Expected one of {', '.join(map(repr, PRESETS))}; "
+            "other strengths are keyword arguments, for example byol_views(96, hue=0.05)."
+        )
+    first, second = ({**view, "mean": mean, "std": std, **changes} for view in PRESETS[preset])
+    return _view(image_size, **first), _view(image_size, **second)
+
+
+def _view(
+    image_size: int | tuple[int, int],
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    vertical_flip: float = 0.0,
+    rotate90: float = 0.0,
+    jitter: float = 0.8,
+    brightness: float = 0.4,
+    contrast: float = 0.4,
+    saturation: float = 0.2,
+    hue: float = 0.1,
+    grayscale: float = 0.2,
+    blur: float = 1.0,
+    blur_kernel: int | Literal["auto"] | None = "auto",
+    sigma: tuple[float, float] = (0.1, 2.0),
+    solarize: float = 0.0,
+    solarize_threshold: float = 0.5,
+    mean: Statistics = "auto",
+    std: Statistics = "auto",
+    crop: bool = True,
+    semantics: Literal["torchvision", "deepmind"] = "torchvision",
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    compile: bool | None = None,
+) -> "ViewSequential":
+    import kornia.augmentation as K
+
+    from byol_pytorch.augment import stages as ours
+    from byol_pytorch.augment.pipeline import ViewSequential
+
+    size = sides(image_size)
+    chances = {
+        "flip": flip, "vertical_flip": vertical_flip, "rotate90": rotate90, "jitter": jitter,
+        "grayscale": grayscale, "blur": blur, "solarize": solarize,
+        "solarize_threshold": solarize_threshold,
+    }  # fmt: skip
+    for name, value in chances.items():
+        _check_number(name, value, 1)
+    strengths = {
+        "brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue,
+    }  # fmt: skip
+    for name, value in strengths.items():
+        _check_number(name, value, 0.5 if name == "hue" else math.inf)
+    for name, pair in (("scale", scale), ("ratio", ratio), ("sigma", sigma)):
+        _check_range(name, pair)
+    if semantics not in ("torchvision", "deepmind"):
+        raise ValueError(
+            f"semantics={semantics!r}. Expected 'torchvision' or 'deepmind'; the docstring of "
+            "byol_views says what they mean."
+        )
+    kernel = _kernel(blur_kernel, size)
+    deepmind = semantics == "deepmind"
+
+    stages: list[Any] = []
+    if crop:
+        tries = 1 if deepmind else 10
+        stages.append(
+            ours.RandomResizedCrop(size, scale, ratio, antialias=not deepmind, tries=tries)
+        )
+    if flip:
+        stages.append(K.RandomHorizontalFlip(p=flip))
+    if vertical_flip:
+        stages.append(K.RandomVerticalFlip(p=vertical_flip))
+    if rotate90:
+        turns = (1, 3) if size[0] == size[1] else (2, 2)  # a quarter turn of a rectangle fits not
+        stages.append(ours.RandomRotation90(turns, p=rotate90))
+    if jitter and any(strengths.values()):
+        stages.append(ours.ColorJitter(**strengths, p=jitter, semantics=semantics))
+    if grayscale:
+        weights = torch.tensor((0.2989, 0.5870, 0.1140), device="cpu") if deepmind else None
+        stages.append(_for_rgb(K.RandomGrayscale(weights, p=grayscale)))
+    if blur and kernel > 1:
+        border = "constant" if deepmind else "reflect"
+        stages.append(ours.RandomGaussianBlur((kernel, kernel), sigma, border, p=blur))
+    if solarize:
+        threshold = (solarize_threshold, solarize_threshold)
+        stages.append(ours.RandomSolarize(threshold, p=solarize))
+    stages += _normalisation(mean, std)
+    return ViewSequential(
+        *stages, image_size=size, dtype=dtype, channels_last=channels_last, compile=compile
+    )
+
+
+def as_view(augment_fn: Any) -> "ViewSequential | None":
+    """`augment_fn`, compiled or not, where it is a pipeline of byol_views, else None."""
+    if augment_fn is None:
+        return None
+    from byol_pytorch.augment.pipeline import ViewSequential
+
+    augment_fn = getattr(augment_fn, "_orig_mod", augment_fn)
+    return augment_fn if isinstance(augment_fn, ViewSequential) else None
+
+
+def _normalisation(mean: Statistics, std: Statistics) -> list[Any]:
+    """The Normalize stage, or none."""
+    import kornia.augmentation as K
+
+    mean, std = _numbers("mean", mean), _numbers("std", std)
+    if mean is None and std is None:
+        return []
+    given = [len(x) for x in (mean, std) if isinstance(x, tuple)]
+    channels = given[0] if given else 3
+    if "auto" in (mean, std) and channels == 3:
+        mean = IMAGENET_MEAN if mean == "auto" else mean
+        std = IMAGENET_STD if std == "auto" else std
+    values = (
+        x if isinstance(x, tuple) else (neutral,) * channels
+        for x, neutral in ((mean, 0.0), (std, 1.0))
+    )
+    stage = K.Normalize(*(torch.tensor(x, dtype=torch.float32, device="cpu") for x in values))
+    return [stage if given else _for_rgb(stage)]
+
+
+def _for_rgb(stage: Any) -> Any:
+    """`stage`, marked to be left out for other channel counts than 3."""
+    stage.rgb_only = True
+    return stage
+
+
+def sides(image_size: Any) -> tuple[int, int]:
+    """(height, width) of a valid image_size. Raises ValueError for others."""
+    pair = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if (
+        not isinstance(pair, Sequence)
+        or len(pair) != 2
+        or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in pair)
+    ):
+        raise ValueError(
+            f"image_size={image_size!r}. Expected a positive int or (height, width) of two; "
+            "for example 224 or (192, 256)."
+        )
+    return (pair[0], pair[1])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_number(name: str, value: Any, high: float) -> None:
+    if not _is_number(value) or not 0 <= value <= high:
+        bound = f"a number in [0, {high:g}]" if high < math.inf else "a number of at least 0"
+        raise ValueError(f"{name}={value!r}. Expected {bound}; 0 switches it off.")
+
+
+def _check_range(name: str, pair: Any) -> None:
+    fits = isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_number, pair))
+    if not fits or not 0 < pair[0] <= pair[1]:
+        raise ValueError(
+            f"{name}={pair!r}. Expected (low, high) with 0 < low <= high; "
+            f"for one fixed value give it twice, {name}=(1.0, 1.0)."
+        )
+
+
+def _kernel(blur_kernel: Any, size: tuple[int, int]) -> int:
+    side = min(size)
+    if blur_kernel is None or blur_kernel == "auto":
+        return 2 * int(side / 20) + 1  # DeepMind's: a radius of int(side / 10 / 2)
+    if not isinstance(blur_kernel, int) or blur_kernel % 2 != 1 or not 0 < blur_kernel < 2 * side:
+        raise ValueError(
+            f"blur_kernel={blur_kernel!r} for views of {size}. Expected an odd int from 1 to "
+            f"{2 * side - 1}; 'auto' takes a tenth of the shorter side, blur=0 switches it off."
+        )
+    return blur_kernel
+
+
+def _numbers(name: str, value: Any) -> Any:
+    """None, "auto", or a tuple of floats."""
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value
+    numbers = value.tolist() if hasattr(value, "tolist") else value  # of torch or numpy
+    if (
+        not isinstance(numbers, Sequence)
+        or not numbers
+        or not all(map(_is_number, numbers))
+        or (name == "std" and min(numbers) <= 0)
+    ):
+        kind = "positive" if name == "std" else "finite"
+        raise ValueError(
+            f"{name}={value!r}. Expected {kind} numbers, one a channel, for images in [0, 1]; "
+            "'auto', or None for no normalisation."
+        )
+    return tuple(map(float, numbers))
+
+
+def per_image(transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`transform` applied to each image (C, H, W) of a batch by itself: (B, C, H, W) -> (B, ...).
+
+    A torchvision transform draws ONCE a call: given a batch, it crops and colours every image of it
+    alike, which weakens the views without a word. `per_image(transform)` gives each its own draw:
+
+        BYOL(net, 224, augment_fn=per_image(torchvision.transforms.v2.Compose([...])))
+
+    kornia's augmentations draw once an image already and go in as they are. Raises TypeError or
+    ValueError where the results are not tensors of one shape.
+    """
+    return partial(_map_images, transform)
+
+
+def _map_images(transform: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    views = [transform(image) for image in images]
+    for view in views:
+        if not isinstance(view, Tensor):
+            raise TypeError(
+                f"the transform of per_image returned {type(view).__name__}. Expected a tensor "
+                "(C, H, W); end it with torchvision.transforms.v2.ToImage()."
+            )
+        if view.shape != views[0].shape:
+            raise ValueError(
+                f"the transform of per_image returned {tuple(views[0].shape)} for one image and "
+                f"{tuple(view.shape)} for another. Expected one shape; end it with a resize."
+            )
+    return torch.stack(views)
