@@ -22,7 +22,7 @@ from byol_pytorch.checkpoint import export_backbone, load_backbone, same_padding
 
 def timm_net() -> nn.Module:
     return timm_resnet.ResNet(timm_resnet.Bottleneck, (2, 1, 1, 1), num_classes=0,
-                              channels=(8, 8, 8, 8)).eval()  # fmt: skip
+                              channels=(4, 8, 8, 8)).eval()  # fmt: skip
 
 
 def torchvision_net() -> nn.Module:
