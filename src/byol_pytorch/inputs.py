@@ -153,6 +153,13 @@ def check_network(net: Any) -> None:
             f"net ({type(net).__name__}) has no floating-point parameters; expected a network "
             "with weights to train."
         )
+    scripted = [name for name, m in net.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise TypeError(
+            f"net is TorchScript{f' in its layer {scripted[0]!r}' if scripted[0] else ''}, whose "
+            "layers cannot be observed; expected the plain nn.Module. Train that with BYOL, then "
+            "torch.jit.script(net)."
+        )
     quantised = [type(module).__name__ for module in net.modules() if _quantises(module)]
     if quantised:
         raise TypeError(

@@ -73,7 +73,7 @@ class BYOL(nn.Module):
         total_steps: number of EMA updates over which the decay rises by a half cosine to 1 (paper,
             section 3.2). None: it stays at its base.
         pool: how the layer's output becomes (B, D): "auto", "mean", "cls", None for as it is, or a
-            callable.
+            callable without parameters (a layer with some belongs into the network).
         example_input: an input that the network takes (a tensor, a tuple, or a mapping of keyword
             arguments, batch first), for networks that one image tensor does not fit.
         mean, std: normalisation after the default views, one value a channel; "auto" is ImageNet's
