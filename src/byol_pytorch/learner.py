@@ -286,6 +286,11 @@ class BYOL(nn.Module):
         """Restore the EMA step."""
         self._step = int(state)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copied or unpickled network comes without the hooks.
+        self._representation = Representation(self.net, self._representation.source)
+
     def _set_views(
         self, augment_fn: Augmentation | None, augment_fn2: Augmentation | None, mean: Any, std: Any
     ) -> None:
@@ -354,7 +359,8 @@ class BYOL(nn.Module):
 
     def _embed(self, view: Any) -> Tensor:
         representation = self._representation(self.net, self._in_dtype(view))
-        check_gradient(representation, self.net, self._representation.source)
+        source, unreached = self._representation.source, self._unreached
+        check_gradient(representation, self.net, source, unreached)
         return representation
 
     def _in_dtype(self, view: Any) -> Any:

@@ -51,6 +51,11 @@ class Target(nn.Module):
         """The projection (B, P) of a view that is as the network should see it."""
         return self.projector(self._representation(self.net, view))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copied or unpickled network comes without the hooks.
+        self._representation = Representation(self.net, self._representation.source)
+
     def train(self, mode: bool = True) -> "Target":
         super().train(mode)
         self._quieten()
