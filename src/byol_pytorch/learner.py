@@ -29,7 +29,7 @@ from byol_pytorch.inputs import (
 )
 from byol_pytorch.locate import locate
 from byol_pytorch.loss import regression_loss
-from byol_pytorch.probe import evaluating, probe_inputs, tensors
+from byol_pytorch.probe import drawing, evaluating, probe_inputs, tensors
 from byol_pytorch.representation import (
     Pool,
     Representation,
@@ -78,7 +78,9 @@ class BYOL(nn.Module):
             arguments, batch first), for networks that one image tensor does not fit.
         mean, std: normalisation after the default views, one value a channel; "auto" is ImageNet's
             for three channels and none for others; None is none.
-        target_dropout: keep dropout and stochastic depth in the target (off as in the paper).
+        target_dropout: keep dropout and stochastic depth in the target (off as in the paper: its
+            modules that draw from torch's random generators in training are in evaluation mode; a
+            function that drops in evaluation too, or draws from elsewhere, stays on).
         concatenate_views: pass both views through the networks as one batch, which shares their
             batch statistics; off as in the paper.
         check_finite: raise on images with NaN or inf. Costs a host-device synchronisation a call.
@@ -146,6 +148,8 @@ class BYOL(nn.Module):
         self.use_momentum, self.total_steps = use_momentum, total_steps
         self.target_dropout, self.concatenate_views = target_dropout, concatenate_views
         self.check_finite = check_finite
+        draws = use_momentum and not target_dropout
+        self._drawing = drawing(uncompiled(net), inputs) if draws else frozenset()
         self._base_decay, self._step = float(moving_average_decay), 0
         self._range_checked = False
         self.target: Target | None = None
@@ -241,9 +245,16 @@ class BYOL(nn.Module):
         self._step = 0
         if self.use_momentum:
             source = self._representation.source
-            net = copy_for_target(self.net, source)
-            projector = copy.deepcopy(self.projector)
-            self.target = Target(net, projector, source, dropout=self.target_dropout)
+            with torch.inference_mode(False):  # or no later update could change the copies
+                net = copy_for_target(self.net, source)
+                projector = copy.deepcopy(self.projector)
+                self.target = Target(
+                    net,
+                    projector,
+                    source,
+                    dropout=self.target_dropout,
+                    drawing=self._drawing,
+                )
 
     @torch.no_grad()
     def diagnostics(self, images: Any) -> dict[str, float]:

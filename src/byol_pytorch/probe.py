@@ -117,6 +117,57 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer
 
 
+def drawing(net: nn.Module, inputs: Any) -> frozenset[str]:
+    """Names of the modules that draw random numbers in training, outside of their submodules.
+
+    So do dropout and stochastic depth, by whatever name, and functional dropout. Only torch's
+    generators are looked at. Empty where the network cannot run in training mode.
+    """
+    found: set[str] = set()
+    running: list[str] = []
+    cuda = sorted({p.device.index for p in net.parameters() if p.device.type == "cuda"})
+
+    def state() -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in cuda)]
+
+    last = state()
+
+    def look() -> None:
+        nonlocal last
+        now = state()
+        if running and not all(map(torch.equal, last, now)):
+            found.add(running[-1])
+        last = now
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            look()
+            running.append(name)
+
+        return hook
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        look()
+        running.pop()
+
+    handles = []
+    for name, module in net.named_modules():
+        handles.append(module.register_forward_pre_hook(before(name), prepend=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        with undisturbed(net), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            for module in net.modules():
+                # Batch norm draws nothing, and a synchronised one would wait for other processes.
+                module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+            call(net, inputs)
+    except Exception:  # whatever a foreign forward raises
+        return frozenset()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(found)
+
+
 _OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 
