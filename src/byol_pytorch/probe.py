@@ -117,6 +117,30 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
                     module._buffers[name] = buffer
 
 
+_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    own = {k: v for k, v in vars(module).items() if k not in _OWN_ATTRIBUTES}
+    return {k: copy.copy(v) if type(v) in (dict, list) else v for k, v in own.items()}
+
+
+class Channels(NamedTuple):
+    """How many channels the last layer with weights gave, and on which axis: 1, -1 or unknown."""
+
+    width: int
+    axis: int | None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a module was given in a forward, and the channels of it as far as they are known."""
+
+    name: str
+    value: Any
+    channels: Channels | None
+
+
 def drawing(net: nn.Module, inputs: Any) -> frozenset[str]:
     """Names of the modules that draw random numbers in training, outside of their submodules.
 
@@ -166,30 +190,6 @@ def drawing(net: nn.Module, inputs: Any) -> frozenset[str]:
         for handle in handles:
             handle.remove()
     return frozenset(found)
-
-
-_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    own = {k: v for k, v in vars(module).items() if k not in _OWN_ATTRIBUTES}
-    return {k: copy.copy(v) if type(v) in (dict, list) else v for k, v in own.items()}
-
-
-class Channels(NamedTuple):
-    """How many channels the last layer with weights gave, and on which axis: 1, -1 or unknown."""
-
-    width: int
-    axis: int | None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a module was given in a forward, and the channels of it as far as they are known."""
-
-    name: str
-    value: Any
-    channels: Channels | None
 
 
 class Trace:
