@@ -1,8 +1,9 @@
 """One look at a network that leaves no trace: what it takes, and what runs in its forward."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -178,8 +179,11 @@ def drawing(net: nn.Module, inputs: Any) -> frozenset[str]:
     for name, module in net.named_modules():
         handles.append(module.register_forward_pre_hook(before(name), prepend=True))
         handles.append(module.register_forward_hook(after))
+    # What was compiled runs eagerly; where nothing was, the compiler's import costs seconds.
+    compiler = "torch._dynamo" in sys.modules
+    eagerly = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
     try:
-        with undisturbed(net), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with undisturbed(net), torch.no_grad(), eagerly:
             for module in net.modules():
                 # Batch norm draws nothing, and a synchronised one would wait for other processes.
                 module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
