@@ -175,18 +175,17 @@ def drawing(net: nn.Module, inputs: Any) -> frozenset[str]:
         look()
         running.pop()
 
-    handles = []
-    for name, module in net.named_modules():
-        handles.append(module.register_forward_pre_hook(before(name), prepend=True))
-        handles.append(module.register_forward_hook(after))
     # What was compiled runs eagerly; where nothing was, the compiler's import costs seconds.
     compiler = "torch._dynamo" in sys.modules
     eagerly = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
+    handles = []
     try:
         with undisturbed(net), torch.no_grad(), eagerly:
-            for module in net.modules():
+            for name, module in net.named_modules():
                 # Batch norm draws nothing, and a synchronised one would wait for other processes.
                 module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+                handles.append(module.register_forward_pre_hook(before(name), prepend=True))
+                handles.append(module.register_forward_hook(after))
             call(net, inputs)
     except Exception:  # whatever a foreign forward raises
         return frozenset()
