@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.probe import call, tensors
+from byol_pytorch.probe import call, given, tensors
 
 Pool = Callable[[Any], Tensor]
 
@@ -21,13 +21,16 @@ class Source:
     """Where a network's representation is: what of which layer, pooled how.
 
     `take` is "input" or "output" of the layer with the dotted name `layer`, the output of the
-    "net" itself, or the result of timm's two public "methods".
+    "net" itself, or the result of timm's two public "methods". `pool` runs at the layer, which may
+    be inside a gradient checkpoint or before a change in place, so it must keep no tensor for the
+    backward; `finish`, a user's callable, runs on what it gave when the network is done.
     """
 
     take: Literal["input", "output", "net", "methods"]
     layer: str
     pool: Pool
     droppable: bool = False  # the target works without the layer, as a probe has shown
+    finish: Pool | None = None
 
 
 class Tap:
@@ -39,15 +42,16 @@ class Tap:
 
     def __init__(self) -> None:
         self.pool: Pool | None = None  # None: disarmed
+        self.finish: Pool | None = None
         self.value: Tensor | None = None
         self.runs = 0
 
     def __reduce__(self) -> tuple[type["Tap"], tuple[()]]:
         return Tap, ()
 
-    def take_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def take_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.pool is not None:
-            self.value, self.runs = self.pool(args[0]), self.runs + 1
+            self.value, self.runs = self.pool(given(args, kwargs)), self.runs + 1
 
     def take_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.pool is not None:
@@ -58,7 +62,9 @@ class Tap:
 
         FSDP2 hangs its backward on what a module returns, so the loss must be made of that.
         """
-        return output if self.pool is None or self.runs != 1 else self.value
+        if self.pool is None or self.runs != 1:
+            return output
+        return self.value if self.finish is None else self.finish(self.value)
 
 
 class Representation:
@@ -74,7 +80,8 @@ class Representation:
         layer = root.get_submodule(source.layer)
         self.handles = []
         if source.take == "input":
-            self.handles.append(layer.register_forward_pre_hook(self.tap.take_input))
+            hook = layer.register_forward_pre_hook(self.tap.take_input, with_kwargs=True)
+            self.handles.append(hook)
         elif source.take in ("output", "net"):
             self.handles.append(layer.register_forward_hook(self.tap.take_output))
         if source.take != "methods":
@@ -88,12 +95,12 @@ class Representation:
         """(B, D) of `inputs`. Raises RuntimeError where the layer did not run exactly once."""
         if self.source.take == "methods":
             return self.source.pool(timm_methods(net, inputs))
-        self.tap.pool = self.source.pool
+        self.tap.pool, self.tap.finish = self.source.pool, self.source.finish
         try:
             result: Tensor = call(net, inputs)
             runs = self.tap.runs
         finally:
-            self.tap.pool, self.tap.value, self.tap.runs = None, None, 0
+            self.tap.pool, self.tap.finish, self.tap.value, self.tap.runs = None, None, None, 0
         if runs != 1:
             self._refuse(net, runs)
         return result
@@ -136,6 +143,7 @@ def copy_for_target(net: nn.Module, source: Source) -> nn.Module:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [k for k, hook in hooks.items() if _is_tap(hook)]:
                 del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     return twin
 
 
