@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.probe import call, tensors
+from byol_pytorch.probe import call, given, tensors
 
 Pool = Callable[[Any], Tensor]
 
@@ -23,13 +23,16 @@ class Source:
     """Where a network's representation is: what of which layer, pooled how.
 
     `take` is "input" or "output" of the layer with the dotted name `layer`, the output of the
-    "net" itself, or the result of timm's two public "methods".
+    "net" itself, or the result of timm's two public "methods". `pool` runs at the layer, which may
+    be inside a gradient checkpoint or before a change in place, so it must keep no tensor for the
+    backward; `finish`, a user's callable, runs on what it gave when the network is done.
     """
 
     take: Literal["input", "output", "net", "methods"]
     layer: str
     pool: Pool
     droppable: bool = False  # the target works without the layer, as a probe has shown
+    finish: Pool | None = None
 
 
 class Tap:
@@ -41,6 +44,7 @@ class Tap:
 
     def __init__(self) -> None:
         self.pool: Pool | None = None  # None: disarmed
+        self.finish: Pool | None = None
         self.thread: int | None = None  # armed for this thread; None: for whoever calls
         self.value: Tensor | None = None
         self.runs = 0
@@ -54,9 +58,9 @@ class Tap:
         # A compiler cannot ask for the thread, and compiles for one at a time.
         return torch.compiler.is_compiling() or self.thread in (None, threading.get_ident())
 
-    def take_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def take_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.pool is not None and self.armed():
-            self.value, self.runs = self.pool(args[0]), self.runs + 1
+            self.value, self.runs = self.pool(given(args, kwargs)), self.runs + 1
 
     def take_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.pool is not None and self.armed():
@@ -67,7 +71,9 @@ class Tap:
 
         FSDP2 hangs its backward on what a module returns, so the loss must be made of that.
         """
-        return output if not self.armed() or self.runs != 1 else self.value
+        if not self.armed() or self.runs != 1:
+            return output
+        return self.value if self.finish is None else self.finish(self.value)
 
 
 class Hooks(OrderedDict[int, Any]):
@@ -101,7 +107,10 @@ class Representation:
             _hide_taps(module)
         self.handles = []
         if source.take == "input":
-            self.handles.append(layer.register_forward_pre_hook(self.tap.take_input))
+            hook = layer.register_forward_pre_hook(self.tap.take_input, with_kwargs=True)
+            self.handles.append(hook)
+            # Any value means True to torch; this one is hidden with the hook.
+            layer._forward_pre_hooks_with_kwargs[hook.id] = self.tap.take_input  # type: ignore
         elif source.take in ("output", "net"):
             self.handles.append(layer.register_forward_hook(self.tap.take_output))
         if source.take != "methods":
@@ -125,12 +134,12 @@ class Representation:
             return self._read(net, inputs)
 
     def _read(self, net: nn.Module, inputs: Any) -> Tensor:
-        self.tap.pool = self.source.pool
+        self.tap.pool, self.tap.finish = self.source.pool, self.source.finish
         try:
             result: Tensor = call(net, inputs)
             runs = self.tap.runs
         finally:
-            self.tap.pool, self.tap.value, self.tap.runs = None, None, 0
+            self.tap.pool, self.tap.finish, self.tap.value, self.tap.runs = None, None, None, 0
             self.tap.thread = None
         if runs != 1:
             self._refuse(net, runs)
@@ -174,6 +183,7 @@ def copy_for_target(net: nn.Module, source: Source) -> nn.Module:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [k for k, hook in hooks.items() if _is_tap(hook)]:
                 del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     return twin
 
 
@@ -234,9 +244,11 @@ def runs_message(layer: str, runs: int) -> str:
 def _hide_taps(module: nn.Module) -> None:
     # Hooks that are there already stay where they are, or their handles could not remove them.
     # Then the tap is copied along, empty.
-    for name in ("_forward_hooks", "_forward_pre_hooks"):
-        if not getattr(module, name):
-            setattr(module, name, Hooks())
+    if not module._forward_hooks:
+        module._forward_hooks = Hooks()
+    if not module._forward_pre_hooks:
+        module._forward_pre_hooks = Hooks()
+        module._forward_pre_hooks_with_kwargs = Hooks()
 
 
 def _is_tap(hook: Any) -> bool:
