@@ -70,6 +70,27 @@ def test_a_network_compiled_in_place_is_wrapped_too():
     assert model.net[5].weight.grad is None
 
 
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_functional_dropout_of_a_compiled_network_is_off_in_the_target(inside):
+    torch._dynamo.reset()
+    net = nn.Sequential(Noisy(), backbone())
+    net.compile(backend="aot_eager", fullgraph=True)
+    if inside:
+        net = torch.compile(nn.Sequential(Noisy(), backbone()), backend="aot_eager", fullgraph=True)
+    model = BYOL(net, 16, projection_size=6, projection_hidden_size=12)
+    x = torch.randn(4, 3, 16, 16)
+    assert torch.equal(model.target(x), model.target(x))
+    assert not model.target.net[0].training
+    assert model.target.net[1].training
+    assert model.net.training
+    assert model.representation(x, normalise=False).shape == (4, 8)
+
+
 def test_a_network_inside_torch_compile_is_wrapped_too():
     torch._dynamo.reset()
     net = torch.compile(backbone(), backend="aot_eager")

@@ -148,11 +148,48 @@ def details(rank: int) -> dict:
     return {"draws": draws, "single": single.detach(), "refused": refused}
 
 
+class Moody(nn.Module):
+    """Adds a token in training alone, scales in evaluation alone, and may skip a layer."""
+
+    def __init__(self, skips: bool) -> None:
+        super().__init__()
+        self.conv, self.skipped = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 1)
+        self.token, self.scale = nn.Parameter(torch.zeros(8, 1, 1)), nn.Parameter(torch.ones(8))
+        self.fc, self.skips = nn.Linear(8, 10), skips
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x) + self.token if self.training else self.conv(x)
+        if not (self.training and self.skips and torch.rand(()) < 0.5):
+            x = x + self.skipped(x)
+        x = x.mean((2, 3))
+        return self.fc(x if self.training else x * self.scale)
+
+
+def moody(rank: int) -> dict:
+    results = {}
+    for skips in (False, True):
+        torch.manual_seed(0)
+        net = Moody(skips)
+        torch.manual_seed(rank)  # as a script that seeds each rank does
+        learner = BYOL(net, 16, projection_size=8, projection_hidden_size=8)
+        call = DDP(learner, find_unused_parameters=skips)
+        state = torch.get_rng_state()
+        train(learner, call, rank, WORLD)
+        results[skips] = {
+            "ignored": learner.ddp_ignored(),
+            "moved": bool(net.token.abs().sum() > 0),
+            "state": {n: p.detach() for n, p in learner.named_parameters()},
+            "drew": not torch.equal(state, torch.get_rng_state()),
+        }
+    return results
+
+
 def work(rank: int, names: tuple[str, ...], port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     extra = {"batch_norm": batch_norm, "details": details, "sync_batch_norm": sync_batch_norm}
+    extra["moody"] = moody
     results = {n: extra[n](rank) if n in extra else scenario(n, rank) for n in names}
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -194,7 +231,7 @@ def check_equals_one_process(results: list[dict], how: str, alone: dict) -> None
 
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return run((*EAGER, "batch_norm", "details"), tmp_path_factory.mktemp("eager"))
+    return run((*EAGER, "batch_norm", "details", "moody"), tmp_path_factory.mktemp("eager"))
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +266,15 @@ class TestTwoProcesses:
         for result in eager:
             assert result["details"]["single"].isfinite()
             assert result["details"]["refused"]
+
+    @pytest.mark.parametrize("skips", [False, True], ids=["plain", "skips"])
+    def test_stay_equal_where_training_and_evaluation_use_different_parameters(self, skips, eager):
+        first, second = (r["moody"][skips] for r in eager)
+        assert first["ignored"] == ["net.fc.bias", "net.fc.weight", "net.scale"]
+        assert first["ignored"] == second["ignored"]
+        assert first["moved"] and first["drew"] == skips
+        for name, value in first["state"].items():
+            torch.testing.assert_close(value, second["state"][name], atol=0, rtol=0, msg=name)
 
 
 @pytest.mark.xdist_group("two processes compiled")

@@ -423,6 +423,58 @@ def test_a_map_as_wide_as_its_channels_is_an_error_naming_pool(pool):
         wrap(Small(width=8), 8, hidden_layer="conv", pool=pool)
 
 
+class GeM(nn.Module):
+    def __init__(self, trains: bool = True) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.ones(()) * 3, requires_grad=trains)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=1e-6).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+def around(layer: nn.Module) -> Any:
+    return lambda x: layer(x)
+
+
+POOLS = {
+    "a module": GeM,
+    "a frozen module": lambda: GeM(trains=False),
+    "a module with buffers": lambda: nn.Sequential(
+        nn.BatchNorm2d(6, affine=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ),
+    "a method": lambda: GeM().forward,
+    "a function around a module": lambda: around(GeM()),
+}
+
+
+@pytest.mark.parametrize("make", POOLS.values(), ids=POOLS.keys())
+def test_a_pool_with_parameters_is_an_error_that_says_where_it_belongs(make):
+    message = r"pool= of layer 'conv', \S+, has parameters or buffers.*nn\.Sequential\(backbone"
+    with pytest.raises(ValueError, match=message):
+        wrap(Small(), 16, hidden_layer="conv", pool=make())
+
+
+def test_a_module_without_parameters_is_a_pool_and_one_with_some_a_last_layer():
+    net = Small()
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    learner = wrap(net, 16, hidden_layer="conv", pool=pool)
+    assert not any("pool" in name for name in learner.state_dict())
+    expected = net.conv(views()[0]).mean((2, 3))
+    torch.testing.assert_close(read(learner, views()[0]), expected.detach())
+    trained = wrap(nn.Sequential(nn.Conv2d(3, 6, 3), GeM()), 16)
+    trained(*views()).backward()
+    assert trained.net[1].p.grad is not None
+    assert trained.target.net[1].p is not trained.net[1].p
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_torchscript_is_an_error_that_names_the_plain_module(inner):
+    net = nn.Sequential(Small()) if inner else Small()
+    scripted = nn.Sequential(torch.jit.script(net[0])) if inner else torch.jit.script(net)
+    with pytest.raises(TypeError, match=r"is TorchScript.*expected the plain nn\.Module"):
+        wrap(scripted, 16)
+
+
 def test_sync_batchnorm_conversion_of_the_tapped_layer_is_an_error():
     net = Small()
     learner = wrap(net, 16, hidden_layer="norm")

@@ -101,6 +101,23 @@ def test_three_steps_equal_a_plain_byol_in_float64():
     torch.testing.assert_close(model.net[1].running_mean.double(), plain.online[1].running_mean)
 
 
+def test_the_target_runs_before_the_online_network_and_leaves_its_draws_alone():
+    net = nn.Sequential(*backbone()[:-1], nn.Dropout(0.5), nn.Linear(DIM, 10))
+    model, ran, views = wrap(net), [], two_views()
+    torch.manual_seed(1)
+    projections = [model.projector(model.representation(v, normalise=False)) for v in views]
+    predicted = [model.predictor(z) for z in projections]
+    with torch.no_grad():
+        goals = [model.target(v) for v in views]
+    cosines = [F.cosine_similarity(predicted[i], goals[1 - i]).mean() for i in (0, 1)]
+    model.net.register_forward_hook(lambda *_: ran.append("online"))
+    model.target.net.register_forward_hook(lambda *_: ran.append("target"))
+    torch.manual_seed(1)
+    loss = model(*views).item()
+    assert loss == pytest.approx(4 - 2 * sum(c.item() for c in cosines), abs=1e-5)
+    assert ran == ["target", "target", "online", "online"]
+
+
 def test_loss_is_a_float32_scalar_between_zero_and_eight():
     loss = wrap()(uint8_images())
     assert loss.shape == ()

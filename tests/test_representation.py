@@ -485,6 +485,117 @@ def test_saving_or_copying_the_network_takes_no_learner_along():
     assert_equal(twin.eval()(views()[0]), net.eval()(views()[0]))
 
 
+@pytest.mark.parametrize("layer", ["auto", "pool", -1])
+def test_a_wrapped_network_is_pickled_as_it_was_and_copied_without_hooks(layer):
+    net = Small()
+    before = pickle.dumps(net)
+    learner = wrap(net, 16, hidden_layer=layer)
+    assert pickle.dumps(net) == before
+    learner(*views()).backward()
+    assert hook_count(copy.deepcopy(net)) == 0 < hook_count(net)
+    assert hook_count(learner.target.net) > 0
+    assert b"byol_pytorch" not in saved(net).getvalue()
+
+
+def test_the_networks_own_hooks_are_copied_and_can_be_removed():
+    net = Small()
+    first = net.fc.register_forward_pre_hook(own_pre_hook)
+    learner = wrap(net, 16)
+    second = net.conv.register_forward_hook(own_hook)
+    third = net.register_forward_hook(own_hook)
+    twin = copy.deepcopy(net)
+    assert list(twin.conv._forward_hooks.values()) == [own_hook]
+    assert list(twin._forward_hooks.values()) == [own_hook]
+    assert own_pre_hook in twin.fc._forward_pre_hooks.values()
+    assert_equal(pickle.loads(pickle.dumps(net))(views()[0]), net(views()[0]))
+    assert net(views()[0]).abs().sum() == 0
+    for handle in (first, second, third):
+        handle.remove()
+    assert net(views()[0]).abs().sum() > 0
+    assert read(learner, views()[0]).isfinite().all()
+
+
+def own_pre_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0] + 1,)
+
+
+def own_hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output * 0
+
+
+CAPTURES = {
+    "jit.script": lambda net, x: torch.jit.script(net),
+    "jit.trace": lambda net, x: torch.jit.trace(net, x),
+    "fx": lambda net, x: torch.fx.symbolic_trace(net),
+    "export": lambda net, x: torch.export.export(net, (x,), strict=False).module(),
+    "strict export": lambda net, x: torch.export.export(net, (x,), strict=True).module(),
+}
+
+
+@pytest.mark.parametrize("capture", CAPTURES.values(), ids=CAPTURES.keys())
+@pytest.mark.parametrize("layer", ["auto", "pool", -1])
+def test_a_wrapped_network_is_captured_as_an_unwrapped_one(capture, layer):
+    net = Small().eval()
+    images = views()[0]
+    expected = net(images)
+    learner = wrap(net, 16, hidden_layer=layer)
+    before = read(learner, images)
+    captured = capture(net, images)
+    torch.testing.assert_close(captured(images), expected)
+    assert_equal(read(learner, images), before)
+    assert "byol" not in str(getattr(captured, "graph", "")).lower()
+
+
+class Meeting(Small):
+    """Waits once in its forward for what another thread does meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: threading.Event | None = None
+
+    def features(self, x: Tensor) -> Tensor:
+        found = super().features(x)
+        if (inside := self.inside) is not None:
+            self.inside = None
+            inside.set()
+            self.outside.wait(0.3)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Meeting":
+        twin = Meeting()
+        twin.load_state_dict(self.state_dict())
+        return twin
+
+
+@pytest.mark.parametrize("call", ["net", "learner"])
+@pytest.mark.parametrize("layer", ["auto", "pool"])
+def test_what_another_thread_calls_meanwhile_changes_neither_result(call, layer):
+    net = Meeting()
+    learner = wrap(net, 16, hidden_layer=layer).eval()
+    one, two = views()
+
+    def other() -> Tensor:
+        return net(two).detach() if call == "net" else read(learner, two)
+
+    expected = read(learner, one), other()
+    inside, net.outside, found = threading.Event(), threading.Event(), []
+
+    def run() -> None:
+        inside.wait()
+        try:
+            found.append(other())
+        finally:
+            net.outside.set()
+
+    net.inside = inside
+    thread = threading.Thread(target=run)
+    thread.start()
+    mine = read(learner, one)
+    thread.join()
+    assert_equal(mine, expected[0])
+    assert_equal(found[0], expected[1])
+
+
 @pytest.mark.parametrize("layer", ["auto", "conv", -1])
 def test_the_networks_own_call_gives_its_logits_and_keeps_nothing(layer):
     net = Small().eval()
@@ -596,3 +707,38 @@ def test_sync_batchnorm_conversion_beside_the_tap_changes_nothing():
     nn.SyncBatchNorm.convert_sync_batchnorm(net)
     assert isinstance(net.norm, nn.SyncBatchNorm)
     assert_equal(read(learner, views()[0]), expected)
+
+
+@pytest.mark.parametrize("layer", ["auto", "pool"])
+@pytest.mark.parametrize("frozen", ["before", "after"])
+def test_a_frozen_network_with_a_trainable_classifier_is_read_without_gradient(layer, frozen):
+    net = Small()
+
+    def freeze() -> None:
+        net.requires_grad_(False)
+        net.fc.requires_grad_(True)
+
+    if frozen == "before":
+        freeze()
+    learner = wrap(net, 16, hidden_layer=layer)
+    freeze()
+    assert not learner.representation(views()[0]).requires_grad
+    loss = learner(*views())
+    loss.backward()
+    assert all(p.grad is None for p in net.parameters())
+    assert all(p.grad is not None for p in learner.predictor.parameters())
+
+
+def test_a_network_that_trains_under_no_grad_is_still_an_error():
+    class Ungraded(Small):
+        off = False
+
+        def features(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(not self.off):
+                return super().features(x)
+
+    net = Ungraded()
+    learner = wrap(net, 16)
+    net.off = True
+    with pytest.raises(RuntimeError, match="carries no gradient although the network trains"):
+        learner(*views())

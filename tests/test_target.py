@@ -1,8 +1,11 @@
 import copy
 import math
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from byol_pytorch import BYOL
@@ -163,6 +166,72 @@ def test_dropout_is_off_in_the_target_unless_asked_for(kept):
     assert not model.eval().target.net[0][1].training
 
 
+class Noisy(nn.Module):
+    """Drops by a function whose rate nothing names, around a batch norm of its own."""
+
+    def __init__(self, draw: Callable[[torch.Tensor, bool], torch.Tensor]) -> None:
+        super().__init__()
+        self.norm, self.draw = nn.BatchNorm2d(3), draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.draw(self.norm(x), self.training)
+
+
+def attention(x: torch.Tensor, training: bool) -> torch.Tensor:
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if training else 0.0)
+
+
+def path(x: torch.Tensor, training: bool) -> torch.Tensor:
+    return x * torch.rand(len(x), 1, 1, 1).round() if training else x
+
+
+DRAWS = {
+    "dropout": lambda x, training: F.dropout(x, 0.5, training),
+    "attention": attention,
+    "stochastic depth": path,
+    "rrelu": lambda x, training: F.rrelu(x - 0.5, training=training),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
+@pytest.mark.parametrize("kept", [False, True])
+def test_functional_dropout_is_off_in_the_target_unless_asked_for(draw, kept):
+    net = nn.Sequential(nn.Sequential(Noisy(draw)), small_net())
+    model = learner(net, target_dropout=kept)
+    model.reset_moving_average()
+    model = copy.deepcopy(model).eval().train()
+    x = torch.randn(8, 3, 16, 16)
+    with torch.no_grad():
+        outputs = [torch.equal(n(x), n(x)) for n in (model.net, model.target.net)]
+    assert outputs == [False, not kept]
+    assert all(m.training for m in model.net.modules())
+    assert model.target.net[0][0].norm.training
+    assert model.target.net[0].training
+
+
+def test_looking_for_dropout_leaves_no_trace_and_takes_any_network():
+    class Raises(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                raise RuntimeError("not in training")
+            return x
+
+    net = nn.Sequential(Noisy(DRAWS["dropout"]), nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)))
+    net += nn.Sequential(nn.BatchNorm2d(8), Raises())
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    modes = [m.training for m in net.modules()]
+    learner(net)
+    torch.set_rng_state(state)
+    learner(copy.deepcopy(net), target_dropout=True)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    learner(net)
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert [m.training for m in net.modules()] == modes
+    assert sum(len(m._forward_pre_hooks) for m in net.modules()) == 1  # spectral_norm's
+
+
 def test_frozen_batch_norm_stays_frozen_in_the_target():
     net = small_net()
     net[1].eval()
@@ -205,3 +274,101 @@ def test_integer_parameters_are_copied():
     online.table.data += 5
     target.update(online, nn.Identity(), 0.9)
     assert torch.equal(target.net.table, online.table)
+
+
+def test_a_cast_takes_nothing_from_the_targets_precision():
+    model = learner()
+    exact = [p.double().clone() for p in model.target.parameters()]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        model.to(dtype)
+        assert all(p.dtype == dtype for p in model.target.parameters())
+        assert all(b.dtype == torch.float32 for b in model.target.float32.buffers())
+        narrow = dtype != torch.float32
+        assert len(list(model.target.float32.buffers())) == (len(exact) if narrow else 0)
+    for found, expected in zip(model.target.parameters(), exact, strict=True):
+        assert torch.equal(found.double(), expected)
+    model.bfloat16()
+    with torch.no_grad():
+        for parameter in model.net.parameters():
+            parameter.add_(1)
+    model.update_moving_average()
+    copies = [b.clone() for b in model.target.float32.buffers()]
+    model.double()
+    for found, expected in zip(model.target.parameters(), copies, strict=True):
+        assert torch.equal(found, expected.double())
+
+
+def test_a_narrow_learner_leaves_the_meta_device():
+    model = learner(small_net().bfloat16())
+    state = copy.deepcopy(model.state_dict())
+    model.to("meta").to_empty(device="cpu")
+    model.load_state_dict(state)
+    model.update_moving_average()
+    torch.testing.assert_close(model.state_dict()["target.float32.0"], state["target.float32.0"])
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_target_that_was_reset_under_inference_mode_trains_on(narrow):
+    model = learner(small_net().bfloat16() if narrow else None, moving_average_decay=0.5)
+    with torch.inference_mode():
+        model.reset_moving_average()
+        model.update_moving_average()
+    drift(model.net)
+    before = model.target.net[0].weight.float().clone()
+    model(torch.randn(4, 3, 16, 16), torch.randn(4, 3, 16, 16)).backward()
+    model.update_moving_average()
+    expected = (before + model.net[0].weight.float()) / 2
+    torch.testing.assert_close(model.target.net[0].weight.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_learner_that_is_built_under_inference_mode_is_an_error():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="Build it outside of"):
+        learner(small_net())
+
+
+CHANGES = {
+    "an online layer": lambda model: setattr(model.net, "0", nn.Conv2d(3, 8, 5, 2)),
+    "an inner layer": lambda model: setattr(model.net[5], "0", nn.Linear(8, 4)),
+    "a parameter": lambda model: setattr(model.net[0], "weight", nn.Parameter(torch.zeros(8))),
+    "a bias": lambda model: setattr(model.net[0], "bias", None),
+    "a target's layer": lambda model: setattr(model.target.net, "5", nn.Linear(8, 9)),
+    "a layer more": lambda model: model.target.net.append(nn.Linear(8, 8)),
+    "a parameter more": lambda model: setattr(
+        model.target.net[2], "weight", nn.Parameter(torch.zeros(3))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_network_that_changes_between_two_updates_is_an_error(change):
+    model = learner(small_net().append(nn.Sequential(nn.Linear(8, 8))), hidden_layer=-1)
+    model.update_moving_average()
+    change(model)
+    with pytest.raises(RuntimeError, match="reset_moving_average"):
+        model.update_moving_average()
+
+
+def test_an_update_reads_parameters_that_were_swapped_or_replaced_alike():
+    model = learner(moving_average_decay=0.0)
+    model.update_moving_average()
+    model.net[0].weight = nn.Parameter(torch.full_like(model.net[0].weight, 2))
+    model.net[1] = nn.BatchNorm2d(8)
+    nn.init.constant_(model.net[1].weight, 3)
+    model.update_moving_average()
+    assert model.target.net[0].weight.unique().tolist() == [2]
+    assert model.target.net[1].weight.unique().tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_after_an_update_follows_its_own_network(copied):
+    model = learner(moving_average_decay=0.0)
+    size = len(pickle.dumps(model.target))
+    model.update_moving_average()
+    assert len(pickle.dumps(model.target)) == size
+    twin = copied(model)
+    nn.init.constant_(twin.net[0].weight, 2)
+    nn.init.constant_(model.net[0].weight, 1)
+    twin.update_moving_average()
+    assert twin.target.net[0].weight.unique().tolist() == [2]

@@ -135,7 +135,7 @@ def check_batch(view: Any, heads: tuple[nn.Module, ...]) -> None:
 
 
 def check_network(net: Any) -> None:
-    """Raise TypeError or ValueError unless `net` is a bare, trainable module."""
+    """Raise TypeError, ValueError or RuntimeError unless `net` is a bare, trainable module."""
     if not isinstance(net, nn.Module):
         raise TypeError(
             f"net is a {type(net).__name__}; expected a torch.nn.Module, such as "
@@ -152,6 +152,18 @@ def check_network(net: Any) -> None:
         raise ValueError(
             f"net ({type(net).__name__}) has no floating-point parameters; expected a network "
             "with weights to train."
+        )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "BYOL was called under torch.inference_mode(), where no layer that is made can train. "
+            "Build it outside of it."
+        )
+    scripted = [name for name, m in net.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise TypeError(
+            f"net is TorchScript{f' in its layer {scripted[0]!r}' if scripted[0] else ''}, whose "
+            "layers cannot be observed; expected the plain nn.Module. Train that with BYOL, then "
+            "torch.jit.script(net)."
         )
     quantised = [type(module).__name__ for module in net.modules() if _quantises(module)]
     if quantised:

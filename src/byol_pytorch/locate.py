@@ -1,6 +1,10 @@
 """Finds a network's representation by one probe: which layer, pooled how, reached by what."""
 
 import difflib
+import random
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_pytorch.pooling import hugging_face_pool, pool_for
-from byol_pytorch.probe import Channels, Trace, rebuild, tensors, undisturbed
+from byol_pytorch.probe import Channels, Trace, copied, fresh, rebuild, tensors
 from byol_pytorch.representation import (
     Pool,
     Representation,
@@ -19,11 +23,14 @@ from byol_pytorch.representation import (
     timm_methods,
     uncompiled,
 )
+from byol_pytorch.undisturbed import undisturbed
+
+TRAINING_DRAWS = 16  # of what is skipped half of the time, one in 65,536 is never seen
 
 
 @dataclass(frozen=True)
 class Located:
-    """The source, the probe's representation (2, D), and the parameters that do not reach it."""
+    """The source, the probe's representation (B, D), and the parameters that do not reach it."""
 
     source: Source
     probe: Tensor
@@ -51,10 +58,19 @@ def locate(
             if trace.runs.get(name, 0) != 1:
                 raise ValueError(runs_message(name, trace.runs.get(name, 0)))
             source = Source("output", name, pool_for(*trace.tapped, pool, f"layer {name!r}"))
-        probe, unreached = _reach(root, inputs, source)
+        if callable(pool) and source.take in ("input", "output"):
+            source = replace(source, pool=copied, finish=source.pool)
+        probe, reached = _evaluated(root, inputs, source)
+        named = {name: p for name, p in root.named_parameters() if p.requires_grad}
+        beyond = _leaves(_nodes(*_all_tensors(trace.output))) - reached
+    evaluated = {name for name, p in named.items() if id(p) in reached}
+    heads = {name for name, p in named.items() if id(p) in beyond}
+    trained, in_training = _trained(root, inputs, source, named.keys() - heads)
     if source.take == "input":
-        source = replace(source, droppable=_works_without_head(root, inputs, source, probe))
-    return Located(source, probe, unreached)
+        droppable = _works_without_head(root, inputs, source, (probe, in_training))
+        source = replace(source, droppable=droppable)
+    unreached = named.keys() - (evaluated if in_training is None else trained)
+    return Located(source, probe, frozenset(unreached))
 
 
 def _auto(root: nn.Module, inputs: Any, trace: Trace, pool: str | Pool | None) -> Source:
@@ -86,46 +102,150 @@ def _auto_timm(root: Any, inputs: Any, trace: Trace, pool: str | Pool | None) ->
     return Source("methods", "", pool_for(pooled, channels, pool, "forward_head(pre_logits=True)"))
 
 
-def _reach(root: nn.Module, inputs: Any, source: Source) -> tuple[Tensor, frozenset[str]]:
+def _evaluated(root: nn.Module, inputs: Any, source: Source) -> tuple[Tensor, set[int]]:
+    """The representation, and the ids of the parameters that it depends on, in evaluation."""
     leaves = [
         x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in tensors(inputs)
     ]
-    named = {n: p for n, p in root.named_parameters() if p.requires_grad}
-    ends = [*(x for x in leaves if x.requires_grad), *named.values()]
-    representation = Representation(root, source)(root, rebuild(inputs, iter(leaves)))
-    gradients: tuple[Tensor | None, ...] = (None,) * len(ends)
-    try:
-        if representation.requires_grad:
-            gradients = torch.autograd.grad(representation.sum(), ends, allow_unused=True)
-    except RuntimeError as error:
-        if "heckpoint" not in str(error):
-            raise
-        raise ValueError(
-            "The network uses reentrant gradient checkpointing, through which its representation "
-            "cannot be traced. Use torch.utils.checkpoint with use_reentrant=False."
-        ) from error
-    of_inputs, of_parameters = gradients[: -len(named)], gradients[-len(named) :]
+    representation, reached = _reach(root, rebuild(inputs, iter(leaves)), source)
     rows = representation.detach()
-    if all(g is None for g in of_inputs) and torch.equal(rows, rows[:1].expand_as(rows)):
+    if not any(id(x) in reached for x in leaves) and not _differs(root, inputs, source, rows):
         where = f"layer {source.layer!r}" if source.layer else "the network's output"
         raise ValueError(
             f"The representation at {where} does not depend on the images: it is the same for "
             "different ones. Name another layer with hidden_layer=."
         )
     check_gradient(representation, root, source)
-    reached = zip(named, of_parameters, strict=True)
-    return rows, frozenset(name for name, gradient in reached if gradient is None)
+    return rows, reached
 
 
-def _works_without_head(root: nn.Module, inputs: Any, source: Source, expected: Tensor) -> bool:
+def _differs(root: nn.Module, inputs: Any, source: Source, rows: Tensor) -> bool:
+    """Whether other inputs give another representation, or no other ones are known to be valid."""
+    if not _alike(rows):
+        return True
+    integers = [x for x in tensors(inputs) if not x.is_floating_point()]
+    if integers and all(map(_alike, integers)):
+        return True
+    if len(integers) == len(tensors(inputs)):
+        return False
+    _seed(root, 0)
+    read = Representation(root, source)
+    return not torch.equal(read(root, _at_least_two(inputs)), read(root, _varied(inputs)))
+
+
+def _alike(rows: Tensor) -> bool:
+    return torch.equal(rows, rows[:1].expand_as(rows))
+
+
+def _trained(
+    root: nn.Module, inputs: Any, source: Source, wanted: set[str]
+) -> tuple[set[str], Tensor | None]:
+    """Names of the parameters that the representation depends on in training, and its first draw.
+
+    Drawn anew until the `wanted` ones are all among them, because a forward may use parameters at
+    random (LayerDrop, mask tokens) or by what it is given (experts). No names and None where that
+    forward fails on the probe, as one that asks for labels does.
+    """
+    trained: set[str] = set()
+    first: Tensor | None = None
+    with undisturbed(root, training=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for draw in range(TRAINING_DRAWS):
+            _seed(root, draw)
+            drawn = _varied(inputs) if draw else _at_least_two(inputs)
+            try:
+                representation, reached = _reach(root, drawn, source)
+            except Exception:  # whatever a foreign forward raises
+                if first is None:
+                    break
+                continue
+            first = representation.detach() if first is None else first
+            trained |= {name for name, p in root.named_parameters() if id(p) in reached}
+            if wanted <= trained:
+                break
+    return trained, first
+
+
+def _reach(root: nn.Module, inputs: Any, source: Source) -> tuple[Tensor, set[int]]:
+    """The representation, and the ids of the inputs and parameters that it depends on."""
+    representation = Representation(root, source)(root, fresh(inputs))
+    nodes = _nodes(representation)
+    if any(type(node).__name__.startswith("CheckpointFunction") for node in nodes):
+        raise ValueError(
+            "The network uses reentrant gradient checkpointing, through which its representation "
+            "cannot be traced. Use torch.utils.checkpoint with use_reentrant=False."
+        )
+    return representation, _leaves(nodes)
+
+
+def _nodes(*outputs: Tensor) -> set[Any]:
+    # The graph says what DDP will wait for, and walking it runs no backward hook of the user's.
+    nodes: set[Any] = set()
+    following = {x.grad_fn for x in outputs if x.grad_fn is not None}
+    while following:
+        nodes |= following
+        following = {n for node in following for n, _ in node.next_functions if n is not None}
+        following -= nodes
+    return nodes
+
+
+def _leaves(nodes: set[Any]) -> set[int]:
+    return {id(node.variable) for node in nodes if type(node).__name__ == "AccumulateGrad"}
+
+
+def _all_tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (Mapping, tuple, list)):
+        for part in output.values() if isinstance(output, Mapping) else output:
+            yield from _all_tensors(part)
+
+
+def _seed(root: nn.Module, seed: int) -> None:
+    # The same in every process: DDP hangs where two do not wait for the same parameters.
+    torch.default_generator.manual_seed(seed)
+    for device in {p.device for p in root.parameters() if p.device.type == "cuda"}:
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    random.seed(seed)
+    if (np := sys.modules.get("numpy")) is not None:
+        np.random.seed(seed)
+
+
+def _at_least_two(inputs: Any) -> Any:
+    held = tensors(inputs)
+    return rebuild(inputs, (torch.cat((x, x)) if x.ndim and len(x) == 1 else x for x in held))
+
+
+def _varied(inputs: Any) -> Any:
+    """At least two rows, their floats scaled and shifted at random, each row for itself."""
+    rows = _at_least_two(inputs)
+
+    def vary(x: Tensor) -> Tensor:
+        if not x.ndim or not x.is_floating_point():
+            return x
+        scale, shift = torch.randn_like(x[:, None].flatten(1)[:, :2]).T
+        shape = (-1, *[1] * (x.ndim - 1))
+        return x * scale.view(shape) + shift.view(shape)
+
+    return rebuild(rows, map(vary, tensors(rows)))
+
+
+def _works_without_head(
+    root: nn.Module, inputs: Any, source: Source, expected: tuple[Tensor, Tensor | None]
+) -> bool:
+    """Whether a copy without its head gives `expected`, in evaluation and in training."""
     trial = replace(source, droppable=True)
     try:
         twin = copy_for_target(root, trial)
-        with undisturbed(twin), torch.no_grad():
-            found = Representation(twin, trial)(twin, inputs)
+        for training, value in zip((False, True), expected, strict=True):
+            with undisturbed(twin, training=training), torch.no_grad():
+                _seed(twin, 0)
+                given = fresh(_at_least_two(inputs) if training else inputs)
+                if value is not None and not _same(Representation(twin, trial)(twin, given), value):
+                    return False
     except Exception:  # whatever a foreign copy or forward raises: then the target keeps its head
         return False
-    return _same(found, expected)
+    return True
 
 
 def _layer_name(root: nn.Module, hidden_layer: str | int) -> str:

@@ -61,6 +61,7 @@ def pool_for(value: Any, channels: Channels | None, pool: str | Pool | None, wha
     Raises ValueError where `pool` does not say how `value` becomes (B, D).
     """
     if callable(pool):
+        _check_stateless(pool, value, what)
         by_user = ByUser(what, pool)
         by_user(value)
         return by_user
@@ -84,6 +85,22 @@ def pool_for(value: Any, channels: Channels | None, pool: str | Pool | None, wha
             )
         return ClassToken(what)
     return MeanOver(what, _channel_axis(x, channels, pool, what))
+
+
+def _check_stateless(pool: Any, value: Any, what: str) -> None:
+    owner = getattr(pool, "__self__", pool)  # of a method such as layer.forward
+    holds = isinstance(owner, nn.Module) and bool([*owner.parameters(), *owner.buffers()])
+    if not holds and isinstance(value, Tensor):  # a function may use a layer from around it
+        with torch.enable_grad():
+            pooled = pool(value.detach())
+        holds = isinstance(pooled, Tensor) and pooled.requires_grad
+    if holds:
+        name = getattr(pool, "__name__", type(owner).__name__)
+        raise ValueError(
+            f"pool= of {what}, {name}, has parameters or buffers; expected a callable without, "
+            "because the optimizer, .to(), the state_dict and the target's copy would miss them. "
+            "Make it the network's last layer: BYOL(nn.Sequential(backbone, pool), image_size)."
+        )
 
 
 def _channel_axis(x: Tensor, channels: Channels | None, pool: str | None, what: str) -> int:

@@ -1,14 +1,16 @@
 """One look at a network that leaves no trace: what it takes, and what runs in its forward."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from byol_pytorch.undisturbed import undisturbed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -28,18 +30,18 @@ def probe_inputs(net: nn.Module, size: tuple[int, int] | None, example: Any) -> 
         candidates = [rebuild(example, iter(floats))]
     else:
         assert size is not None
-        generator = torch.Generator().manual_seed(0)
+        # Every kind of default, of device and of dtype, is set around some user's construction.
+        generator = torch.Generator("cpu").manual_seed(0)
+        plain: Any = {"device": "cpu", "dtype": torch.float32, "generator": generator}
         candidates = [
-            torch.rand(2, channels, *size, generator=generator).to(parameter)
+            torch.rand(2, channels, *size, **plain).to(parameter)
             for channels in _input_channels(net, size)
         ]
     first: Exception | None = None
-    lazy = any(isinstance(p, UninitializedParameter) for p in net.parameters())
     for inputs in candidates:
         try:
-            # A lazy network takes its shape in this forward, which must last.
-            with evaluating(net) if lazy else undisturbed(net), torch.no_grad():
-                call(net, inputs)
+            with undisturbed(net), torch.no_grad():
+                call(net, fresh(inputs))
             return inputs
         except Exception as error:  # whatever a foreign forward raises
             first = first or error
@@ -85,46 +87,6 @@ def evaluating(net: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def undisturbed(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients for every float parameter, and all as it was afterwards."""
-    parameters = [(p, p.requires_grad) for p in net.parameters() if p.is_floating_point()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in net.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and not isinstance(buffer, UninitializedBuffer)
-    ]
-    # Some networks cache in plain attributes what they compute in evaluation mode.
-    attributes = [(module, _plain_attributes(module)) for module in net.modules()]
-    cuda = sorted({p.device.index for p, _ in parameters if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=cuda), torch.enable_grad(), evaluating(net):
-        try:
-            for parameter, _ in parameters:
-                parameter.requires_grad_()
-            yield
-        finally:
-            for module, saved in attributes:
-                for key in _plain_attributes(module).keys() - saved.keys():
-                    del module.__dict__[key]
-                module.__dict__.update(saved)
-            for parameter, trained in parameters:
-                parameter.requires_grad_(trained)
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
-                    module._buffers[name] = buffer
-
-
-_OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    own = {k: v for k, v in vars(module).items() if k not in _OWN_ATTRIBUTES}
-    return {k: copy.copy(v) if type(v) in (dict, list) else v for k, v in own.items()}
-
-
 class Channels(NamedTuple):
     """How many channels the last layer with weights gave, and on which axis: 1, -1 or unknown."""
 
@@ -139,6 +101,59 @@ class Seen:
     name: str
     value: Any
     channels: Channels | None
+
+
+def drawing(net: nn.Module, inputs: Any) -> frozenset[str]:
+    """Names of the modules that draw random numbers in training, outside of their submodules.
+
+    So do dropout and stochastic depth, by whatever name, and functional dropout. Only torch's
+    generators are looked at. Empty where the network cannot run in training mode.
+    """
+    found: set[str] = set()
+    running: list[str] = []
+    cuda = sorted({p.device.index for p in net.parameters() if p.device.type == "cuda"})
+
+    def state() -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(index) for index in cuda)]
+
+    last = state()
+
+    def look() -> None:
+        nonlocal last
+        now = state()
+        if running and not all(map(torch.equal, last, now)):
+            found.add(running[-1])
+        last = now
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            look()
+            running.append(name)
+
+        return hook
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        look()
+        running.pop()
+
+    # What was compiled runs eagerly; where nothing was, the compiler's import costs seconds.
+    compiler = "torch._dynamo" in sys.modules
+    eagerly = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
+    handles = []
+    try:
+        with undisturbed(net), torch.no_grad(), eagerly:
+            for name, module in net.named_modules():
+                # Batch norm draws nothing, and a synchronised one would wait for other processes.
+                module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+                handles.append(module.register_forward_pre_hook(before(name), prepend=True))
+                handles.append(module.register_forward_hook(after))
+            call(net, inputs)
+    except Exception:  # whatever a foreign forward raises
+        return frozenset()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return frozenset(found)
 
 
 class Trace:
@@ -158,10 +173,11 @@ class Trace:
     def run(self, inputs: Any) -> None:
         handles = []
         for name, module in self.root.named_modules():
-            handles.append(module.register_forward_pre_hook(self._before(name)))
-            handles.append(module.register_forward_hook(self._after(name)))
+            before, after = self._before(name), self._after(name)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after))
         try:
-            self.output = call(self.root, inputs)
+            self.output = call(self.root, fresh(inputs))
         finally:
             for handle in handles:
                 handle.remove()
@@ -180,17 +196,16 @@ class Trace:
         return same_memory and returned[0].numel() == made.numel()
 
     def _before(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.runs[name] = self.runs.get(name, 0) + 1
-            if args:
-                self.inputs[id(module)] = Seen(name, args[0], self.channels)
+            self.inputs[id(module)] = Seen(name, given(args, kwargs), self.channels)
 
         return hook
 
     def _after(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             is_head = isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or _is_empty(module)
-            if args and name and is_head:
+            if name and is_head:
                 seen, own = self.inputs[id(module)], _channels_in(module)
                 self.head = Seen(name, seen.value, own or seen.channels)
                 self._head_output, self._head_is_last = output, True
@@ -198,7 +213,7 @@ class Trace:
                 self._head_is_last = False
             self.channels = _channels_out(module, output) or self.channels
             if name == self.layer:
-                self.tapped = (output, self.channels)
+                self.tapped = (copied(output), self.channels)
 
         return hook
 
@@ -230,6 +245,13 @@ def _channels_out(module: nn.Module, output: Any) -> Channels | None:
     return Channels(count, 1)
 
 
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer works on: its first argument, or what a keyword call has in its place."""
+    if args or "input" in kwargs:
+        return args[0] if args else kwargs["input"]
+    return next(iter(tensors(kwargs)), None)
+
+
 def tensors(inputs: Any) -> list[Tensor]:
     """The tensors of an input or output that is one, or a flat tuple, list or mapping of some."""
     if isinstance(inputs, Tensor):
@@ -237,6 +259,26 @@ def tensors(inputs: Any) -> list[Tensor]:
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     held = isinstance(inputs, (Mapping, tuple, list))
     return [x for x in values if isinstance(x, Tensor)] if held else []
+
+
+def fresh(inputs: Any) -> Any:
+    """`inputs` with copies of its tensors, for a network that works on them in place."""
+    return rebuild(inputs, (x.clone() for x in tensors(inputs)))
+
+
+def copied(value: Any) -> Any:
+    """What a layer gave, its tensors and what holds them copied: a later one may work in place."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, MutableMapping):
+        twin = copy.copy(value)  # a ModelOutput stays one
+        for key, part in value.items():
+            twin[key] = copied(part)
+        return twin
+    if isinstance(value, (tuple, list)):
+        parts = [copied(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def rebuild(inputs: Any, replacements: Iterator[Tensor]) -> Any:

@@ -4,14 +4,16 @@ Which layer that is, and how its output is pooled, is found out by locate.py.
 """
 
 import copy
-from collections.abc import Callable
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.probe import call, tensors
+from byol_pytorch.probe import call, given, tensors
 
 Pool = Callable[[Any], Tensor]
 
@@ -21,36 +23,47 @@ class Source:
     """Where a network's representation is: what of which layer, pooled how.
 
     `take` is "input" or "output" of the layer with the dotted name `layer`, the output of the
-    "net" itself, or the result of timm's two public "methods".
+    "net" itself, or the result of timm's two public "methods". `pool` runs at the layer, which may
+    be inside a gradient checkpoint or before a change in place, so it must keep no tensor for the
+    backward; `finish`, a user's callable, runs on what it gave when the network is done.
     """
 
     take: Literal["input", "output", "net", "methods"]
     layer: str
     pool: Pool
     droppable: bool = False  # the target works without the layer, as a probe has shown
+    finish: Pool | None = None
 
 
 class Tap:
     """Holds one layer's input or output while its own learner's forward runs.
 
-    It knows nothing of the learner, does nothing when anybody else calls the network, and is
-    empty when copied or pickled.
+    It knows nothing of the learner, does nothing when anybody else calls the network, also at
+    the same time in another thread, and is empty when copied or pickled.
     """
 
     def __init__(self) -> None:
         self.pool: Pool | None = None  # None: disarmed
+        self.finish: Pool | None = None
+        self.thread: int | None = None  # armed for this thread; None: for whoever calls
         self.value: Tensor | None = None
         self.runs = 0
 
     def __reduce__(self) -> tuple[type["Tap"], tuple[()]]:
         return Tap, ()
 
-    def take_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.pool is not None:
-            self.value, self.runs = self.pool(args[0]), self.runs + 1
+    def armed(self) -> bool:
+        if self.pool is None:
+            return False
+        # A compiler cannot ask for the thread, and compiles for one at a time.
+        return torch.compiler.is_compiling() or self.thread in (None, threading.get_ident())
+
+    def take_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.pool is not None and self.armed():
+            self.value, self.runs = self.pool(given(args, kwargs)), self.runs + 1
 
     def take_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self.pool is not None:
+        if self.pool is not None and self.armed():
             self.value, self.runs = self.pool(output), self.runs + 1
 
     def give(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -58,23 +71,46 @@ class Tap:
 
         FSDP2 hangs its backward on what a module returns, so the loss must be made of that.
         """
-        return output if self.pool is None or self.runs != 1 else self.value
+        if not self.armed() or self.runs != 1:
+            return output
+        return self.value if self.finish is None else self.finish(self.value)
+
+
+class Hooks(OrderedDict[int, Any]):
+    """A module's hooks. Its copies, its pickles and its TorchScript get all of them but the taps.
+
+    torch calls hooks by items() and compiles them to TorchScript by values(). Copied or pickled,
+    this is a plain OrderedDict, so that a saved network loads without this library.
+    """
+
+    def values(self) -> Any:
+        return [hook for hook in super().values() if not _is_tap(hook)]
+
+    def __reduce__(self) -> Any:
+        kept = [(key, hook) for key, hook in self.items() if not _is_tap(hook)]
+        return OrderedDict, (), None, None, iter(kept)
 
 
 class Representation:
     """Reads the representation that `source` describes off `net`, which is called as usual.
 
-    The hooks are removed together with this object. Copied in one deepcopy or pickle with its
-    network, it reads the copy.
+    The hooks are removed together with this object, and are in no copy or pickle of the network:
+    of a copied Representation only its source is left, with which its owner makes a new one.
+    Calls from several threads wait for each other.
     """
 
     def __init__(self, net: nn.Module, source: Source) -> None:
-        self.source, self.tap = source, Tap()
+        self.source, self.tap, self.lock = source, Tap(), threading.RLock()
         root = uncompiled(net)
         layer = root.get_submodule(source.layer)
+        for module in (root, layer):
+            _hide_taps(module)
         self.handles = []
         if source.take == "input":
-            self.handles.append(layer.register_forward_pre_hook(self.tap.take_input))
+            hook = layer.register_forward_pre_hook(self.tap.take_input, with_kwargs=True)
+            self.handles.append(hook)
+            # Any value means True to torch; this one is hidden with the hook.
+            layer._forward_pre_hooks_with_kwargs[hook.id] = self.tap.take_input  # type: ignore
         elif source.take in ("output", "net"):
             self.handles.append(layer.register_forward_hook(self.tap.take_output))
         if source.take != "methods":
@@ -84,24 +120,35 @@ class Representation:
         for handle in getattr(self, "handles", ()):
             handle.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source}
+
     def __call__(self, net: nn.Module, inputs: Any) -> Tensor:
         """(B, D) of `inputs`. Raises RuntimeError where the layer did not run exactly once."""
         if self.source.take == "methods":
             return self.source.pool(timm_methods(net, inputs))
-        self.tap.pool = self.source.pool
+        if torch.compiler.is_compiling():
+            return self._read(net, inputs)
+        with self.lock:
+            self.tap.thread = threading.get_ident()
+            return self._read(net, inputs)
+
+    def _read(self, net: nn.Module, inputs: Any) -> Tensor:
+        self.tap.pool, self.tap.finish = self.source.pool, self.source.finish
         try:
             result: Tensor = call(net, inputs)
             runs = self.tap.runs
         finally:
-            self.tap.pool, self.tap.value, self.tap.runs = None, None, 0
+            self.tap.pool, self.tap.finish, self.tap.value, self.tap.runs = None, None, None, 0
+            self.tap.thread = None
         if runs != 1:
             self._refuse(net, runs)
         return result
 
     def _refuse(self, net: nn.Module, runs: int) -> NoReturn:
         layer = uncompiled(net).get_submodule(self.source.layer)
-        hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
-        if not any(getattr(hook, "__self__", None) is self.tap for hook in hooks):
+        hooks = (*layer._forward_hooks.items(), *layer._forward_pre_hooks.items())
+        if not any(getattr(hook, "__self__", None) is self.tap for _, hook in hooks):
             raise RuntimeError(
                 f"Layer {self.source.layer!r}, where the representation is taken, was replaced "
                 "after BYOL was built, as nn.SyncBatchNorm.convert_sync_batchnorm does: convert "
@@ -136,6 +183,7 @@ def copy_for_target(net: nn.Module, source: Source) -> nn.Module:
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [k for k, hook in hooks.items() if _is_tap(hook)]:
                 del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
     return twin
 
 
@@ -161,11 +209,17 @@ def timm_methods(net: nn.Module, images: Tensor) -> Tensor:
     return network.forward_head(network.forward_features(images), pre_logits=True)
 
 
-def check_gradient(representation: Tensor, net: nn.Module, source: Source) -> None:
-    """Raise RuntimeError where the network trains but its representation carries no gradient."""
+def check_gradient(
+    representation: Tensor, net: nn.Module, source: Source, unreached: Collection[str] = ()
+) -> None:
+    """Raise RuntimeError where what reaches the representation trains but it has no gradient.
+
+    `unreached` names the parameters of `net` that do not reach it.
+    """
     if not torch.is_grad_enabled() or representation.requires_grad:
         return
-    if any(p.requires_grad for p in net.parameters()):
+    named = uncompiled(net).named_parameters()
+    if any(p.requires_grad and name not in unreached for name, p in named):
         raise RuntimeError(
             f"The representation, taken at layer {source.layer!r}, carries no gradient although "
             "the network trains: the layer runs under no_grad or inside a reentrant checkpoint. "
@@ -185,6 +239,16 @@ def runs_message(layer: str, runs: int) -> str:
         f"Layer {layer!r} ran {runs} times in one forward, so it is not clear which run is the "
         "representation. Name a layer that runs once with hidden_layer=."
     )
+
+
+def _hide_taps(module: nn.Module) -> None:
+    # Hooks that are there already stay where they are, or their handles could not remove them.
+    # Then the tap is copied along, empty.
+    if not module._forward_hooks:
+        module._forward_hooks = Hooks()
+    if not module._forward_pre_hooks:
+        module._forward_pre_hooks = Hooks()
+        module._forward_pre_hooks_with_kwargs = Hooks()
 
 
 def _is_tap(hook: Any) -> bool:

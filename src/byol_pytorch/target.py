@@ -4,7 +4,7 @@ How the copy is made lives in representation.py, when it is updated in learner.p
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -31,18 +31,27 @@ class Target(nn.Module):
     Parameters follow the online ones by EMA. Buffers are never averaged: the target's batch
     statistics come from its own forward passes, as in DeepMind's code; every other buffer keeps
     the value that it was copied with. Modules start in the modes of their originals and train
-    with the learner, but dropout and stochastic depth are off unless `dropout`. Parameters
-    narrower than float32 are rounded from a float32 copy (`float32` in the state_dict), because
-    at a decay of 0.996 nine tenths of the entries of a bfloat16 EMA never change.
+    with the learner, but dropout and stochastic depth are off unless `dropout`: in evaluation mode
+    is each module with such a name or rate, and those of `drawing`, by their names in `net`.
+    Parameters narrower than float32 are rounded from a float32 copy (`float32` in the
+    state_dict), because at a decay of 0.996 nine tenths of the entries of a bfloat16 EMA never
+    change.
     """
 
     def __init__(
-        self, net: nn.Module, projector: nn.Module, source: Source, *, dropout: bool = False
+        self,
+        net: nn.Module,
+        projector: nn.Module,
+        source: Source,
+        *,
+        dropout: bool = False,
+        drawing: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self.net, self.projector, self.dropout = net, projector, dropout
+        self.net, self.projector, self.dropout, self.drawing = net, projector, dropout, drawing
         self._representation = Representation(net, source)
         self.float32 = nn.Module()
+        self._pairing: Pairing | None = None
         self.requires_grad_(False)
         self._widen()
         self._quieten()
@@ -50,6 +59,14 @@ class Target(nn.Module):
     def forward(self, view: Any) -> Tensor:
         """The projection (B, P) of a view that is as the network should see it."""
         return self.projector(self._representation(self.net, view))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_pairing": None}  # it refers to the online network
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copied or unpickled network comes without the hooks.
+        self._representation = Representation(self.net, self._representation.source)
 
     def train(self, mode: bool = True) -> "Target":
         super().train(mode)
@@ -59,8 +76,9 @@ class Target(nn.Module):
     def _quieten(self) -> None:
         # Not eval() for all: batch norm takes batch statistics in the paper's target, and some
         # networks cache functions of their parameters in evaluation mode, which EMA would outdate.
+        drawing = [m for name, m in self.net.named_modules() if name in self.drawing]
         for module in self.modules():
-            if not self.dropout and _drops(module):
+            if not self.dropout and (_drops(module) or module in drawing):
                 module.training = False
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0  # fused attention reads it off its dropout, whatever its mode
@@ -83,23 +101,12 @@ class Target(nn.Module):
             torch._foreach_copy_([target[i] for i in rest], [online[i] for i in rest])
 
     def _pairs(self, net: nn.Module, projector: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        modules = ((self.net, net), (self.projector, projector))
+        if self._pairing is None or not self._pairing.holds(modules):
+            self._pairing = Pairing(modules)
         # Read at each call, and as local shards: FSDP swaps the parameters of a module.
-        target: list[Tensor] = []
-        online: list[Tensor] = []
-        for copy, source in ((self.net, net), (self.projector, projector)):
-            sources = dict(source.named_parameters())
-            for name, parameter in copy.named_parameters():
-                other = sources.get(name)
-                if other is None or other.shape != parameter.shape:
-                    came = "is gone" if other is None else f"has shape {tuple(other.shape)}"
-                    raise RuntimeError(
-                        f"The online parameter {name!r} {came}, the target's has shape "
-                        f"{tuple(parameter.shape)}: the network or its heads changed after BYOL "
-                        "was built. Call reset_moving_average() after such a change."
-                    )
-                target.append(_local(parameter))
-                online.append(_local(other))
-        return target, online
+        target, online = self._pairing.read()
+        return list(map(_local, target)), list(map(_local, online))
 
     def _float32_copies(self, narrow: list[Tensor]) -> list[Tensor]:
         copies = list(self.float32.buffers())
@@ -111,20 +118,81 @@ class Target(nn.Module):
     def _widen(self, narrow: Sequence[Tensor] | None = None) -> None:
         if narrow is None:
             narrow = [p for p in self.parameters() if _is_narrow(p)]
-        self.float32 = nn.Module()
-        for i, parameter in enumerate(narrow):
-            self.float32.register_buffer(str(i), parameter.detach().float().clone())
+        with torch.inference_mode(False):  # or no later update could change them
+            self._keep([parameter.detach().float().clone() for parameter in narrow])
 
+    def _keep(self, copies: Sequence[Tensor]) -> None:
+        self.float32 = nn.Module()
+        for i, copy in enumerate(copies):
+            self.float32.register_buffer(str(i), copy)
+
+    @torch.no_grad()
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        before = list(self.float32.buffers())
+        # Moved or cast: what is narrow now has a float32 copy of the value as it was before, and
+        # what was narrow takes its value from the copy.
+        before = [_local(p).detach() for p in self.parameters()]
+        narrow = [i for i, p in enumerate(before) if _is_narrow(p)]
+        for i, copy in zip(narrow, self._float32_copies([before[i] for i in narrow]), strict=True):
+            before[i] = copy
         super()._apply(fn, recurse)
-        narrow = [p for p in self.parameters() if _is_narrow(p)]
-        if len(narrow) != len(before):
-            self._widen(narrow)
-        else:  # moved or cast: the copies move along, but stay float32
-            for i, (copy, parameter) in enumerate(zip(before, narrow, strict=True)):
-                self.float32.register_buffer(str(i), copy.to(parameter.device))
+        copies = []
+        for i, parameter in enumerate(map(_local, self.parameters())):
+            if _is_narrow(parameter):
+                meta = before[i].is_meta  # to_empty(): there is no value to keep
+                value = parameter if meta else before[i]
+                copies.append(value.to(parameter.device, torch.float32))
+            elif i in narrow and not before[i].is_meta:
+                parameter.copy_(before[i])
+        self._keep(copies)
         return self
+
+
+class Pairing:
+    """Which parameter of the target follows which online one, found by name once a structure.
+
+    Each of `modules` is a copy and its original. Raises RuntimeError where an original lacks a
+    parameter of its copy, or has it in another shape.
+    """
+
+    def __init__(self, modules: tuple[tuple[nn.Module, nn.Module], ...]) -> None:
+        self.modules = modules
+        every = [m for pair in modules for root in pair for m in root.modules()]
+        self.children = [(m._modules, list(m._modules.items())) for m in every]
+        self.names = [(m._parameters, list(m._parameters)) for m in every]
+        self.slots: list[tuple[dict[str, Any], dict[str, Any], str]] = []
+        for copy, original in modules:
+            sources = dict(original.named_parameters())
+            for name, parameter in copy.named_parameters():
+                other = sources.get(name)
+                if other is None or other.shape != parameter.shape:
+                    came = "is gone" if other is None else f"has shape {tuple(other.shape)}"
+                    raise RuntimeError(
+                        f"The online parameter {name!r} {came}, the target's has shape "
+                        f"{tuple(parameter.shape)}: the network or its heads changed after BYOL "
+                        "was built. Call reset_moving_average() after such a change."
+                    )
+                path, _, leaf = name.rpartition(".")
+                holders = [m.get_submodule(path)._parameters for m in (copy, original)]
+                self.slots.append((holders[0], holders[1], leaf))
+
+    def holds(self, modules: tuple[tuple[nn.Module, nn.Module], ...]) -> bool:
+        """Whether nothing was added, removed or replaced since."""
+        return (
+            modules == self.modules
+            and all(list(held.items()) == children for held, children in self.children)
+            and all(list(held) == names for held, names in self.names)
+            and all(
+                (a := mine[name]) is not None
+                and (b := its[name]) is not None
+                and a.shape == b.shape
+                for mine, its, name in self.slots
+            )
+        )
+
+    def read(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The target's parameters and the online ones, as they are now."""
+        target = [mine[name] for mine, _, name in self.slots]
+        return target, [its[name] for _, its, name in self.slots]
 
 
 def _drops(module: nn.Module) -> bool:
@@ -146,5 +214,7 @@ def _is_narrow(x: Tensor) -> bool:
 
 
 def _local(parameter: Tensor) -> Tensor:
+    if type(parameter) is nn.Parameter:  # most are, and asking them for to_local is slow
+        return parameter
     to_local = getattr(parameter, "to_local", None)
-    return parameter.detach() if to_local is None else to_local().detach()
+    return parameter if to_local is None else to_local()
