@@ -283,6 +283,16 @@ def test_what_the_users_own_hooks_gather_holds_nothing_of_the_probe():
     assert (seen, calls(), len(recorder.seen), len(other.seen)) == ([1], 1, 1, 1)
 
 
+def test_the_users_backward_hooks_do_not_run_in_the_probe():
+    net, calls = Small(), []
+    net.norm.register_full_backward_hook(lambda *args: calls.append("module"))
+    net.conv.weight.register_hook(lambda gradient: calls.append("tensor"))
+    learner = wrap(net)
+    assert calls == []
+    learner(*views()).backward()
+    assert {"module", "tensor"} == set(calls)
+
+
 def test_example_input_that_the_network_changes_in_place_stays_as_it_was():
     class Shifting(Small):
         def forward(self, x: Tensor) -> Tensor:
