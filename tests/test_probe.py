@@ -652,17 +652,14 @@ def test_a_callable_that_keeps_tensors_pools_inside_a_checkpoint_and_before_relu
     assert len(found) == len(expected) > 4
 
 
-@pytest.mark.parametrize("layer", ["stages.0", "stages.3", "auto"])
+@pytest.mark.parametrize("layer", ["stages.0.blocks.0", "stages.3.blocks.0"])
 def test_a_callable_that_keeps_tensors_pools_under_timms_gradient_checkpointing(layer):
-    def gem_of_any(x: Tensor) -> Tensor:
-        return gem(x) if x.ndim == 4 else x.clamp(min=1e-6).pow(3)
-
     net = timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(4, 4, 8, 8))
-    plain = wrap(net, 32, hidden_layer=layer, pool=gem_of_any)
+    plain = wrap(net, 32, hidden_layer=layer, pool=gem)
     other = copy.deepcopy(plain)
     other.net.set_grad_checkpointing()
     expected = gradients(plain)
-    for found in (gradients(other), gradients(wrapped_again(other, layer, gem_of_any))):
+    for found in (gradients(other), gradients(wrapped_again(other, layer, gem))):
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name])
