@@ -275,7 +275,11 @@ class BYOL(nn.Module):
     def ddp_ignored(self, prefix: str = "") -> list[str]:
         """Names of the parameters that do not reach the representation, with `prefix` in front.
 
-        They get no gradient, so DDP must not wait for one. DDP(learner) reads them by itself; set
+        They get no gradient in training, so DDP must not wait for one; a parameter of the
+        evaluation forward alone is one of them, one of the training forward alone is not. Those
+        that are used at random or by what comes (LayerDrop, experts) are not either: then give
+        DDP find_unused_parameters=True. Where the training forward fails on the probe (it asks
+        for labels), the evaluation forward decides. DDP(learner) reads the names by itself; set
         `_ddp_params_and_buffers_to_ignore` of a module that wraps the learner to
         ddp_ignored("name.of.the.learner."). DDP does not broadcast them at its start either:
         `for p in ...: torch.distributed.broadcast(p.data, 0)` does, where ranks were initialised
