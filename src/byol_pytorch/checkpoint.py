@@ -6,7 +6,7 @@ What a training state holds, and when it is saved, is the training script's busi
 import json
 import re
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from byol_pytorch._card import model_card
-from byol_pytorch._files import StrPath, existing, replacing
+from byol_pytorch._files import StrPath, existing, is_safetensors, replacing
 from byol_pytorch._haiku import pads_same, read_deepmind, same_padding
 from byol_pytorch._layouts import Found, exported_names, find_backbone
 from byol_pytorch._pickles import is_plain_pickle, read_torch
-from byol_pytorch._weights import misfits, read_safetensors, timm_config, unwrapped
+from byol_pytorch._weights import fitting, misfits, read_safetensors, timm_config, unwrapped
 
 __all__ = [
     "LoadedBackbone",
@@ -32,7 +33,11 @@ __all__ = [
     "same_padding",
     "save",
 ]
-PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
+PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes),
+    *(torch.dtype, torch.device, torch.Size, Tensor, nn.Parameter),
+)
+LONGEST = 2039  # bits of an integer that torch reads
 
 
 def save(state: dict[str, Any], path: StrPath) -> None:
@@ -44,21 +49,34 @@ def save(state: dict[str, Any], path: StrPath) -> None:
     should save: under DDP rank 0; sharded states are gathered first (get_state_dict of
     torch.distributed.checkpoint, full_state_dict=True).
 
-    `state` may hold what `load` can read: tensors, numbers, strings, None, and lists, tuples and
-    dicts of those. A best checkpoint beside the last is one more call with another path.
+    `state` may hold what `load` can read: tensors, numbers, strings, None, and lists, tuples, sets,
+    dicts and Counters of those: the states of torch's optimizers, schedules and GradScaler, of
+    Python's and torch's random generators. A best checkpoint beside the last is one more call with
+    another path.
 
-    Raises TypeError, before anything is written, for other values, naming the first; OSError, disk
-    full included, with the old file untouched and no temporary file left.
+    Raises TypeError, before anything is written, for other values, naming the first, ValueError
+    for a state that contains itself; OSError, disk full included, with the old file untouched and
+    no temporary file left.
     """
-    _check_plain(state, "state")
-    with replacing(path) as file:
-        try:
+    try:
+        _check_plain(state, "state")
+        with replacing(path) as file:
             torch.save(state, file)
-        except RuntimeError as error:
-            # torch's writer hides what the disk said behind an error of its own.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+    except RecursionError:
+        raise ValueError(
+            "The state is nested too deep, or contains itself; expected up to a hundred levels of "
+            "dicts, lists and tuples. Leave out what refers back to its owner."
+        ) from None
+    except (KeyError, NotImplementedError) as error:
+        raise TypeError(
+            f"The state holds a tensor that torch cannot write ({error}); expected dense or sparse "
+            "tensors of common types. Convert it: x.to_dense(), x.to(torch.uint8)."
+        ) from error
+    except RuntimeError as error:
+        # torch's writer hides what the disk said behind an error of its own.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def keep_last(folder: StrPath, pattern: str, count: int) -> list[Path]:
@@ -81,7 +99,13 @@ def load(path: StrPath, map_location: Any = "cpu") -> dict[str, Any]:
     Raises FileNotFoundError; ValueError for a file that is damaged, is no checkpoint, or holds
     other objects than tensors, numbers, strings and containers of them.
     """
-    return read_torch(existing(path), map_location)
+    path = existing(path)
+    if is_safetensors(path):
+        raise ValueError(
+            f"{path} is a safetensors file; expected one by save. load_backbone(path, net) loads "
+            "such a file into a network."
+        )
+    return read_torch(path, map_location)
 
 
 def export_backbone(
@@ -192,44 +216,112 @@ def load_backbone(
         raise ValueError(f"padding={padding!r}; expected 'same', 'torch' or None.")
     path = existing(path)
     net = unwrapped(net)
-    own = {name: v for name, v in net.state_dict().items() if isinstance(v, Tensor)}
-    facts: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
-        weights, facts = read_safetensors(path)
-        found = find_backbone(weights, own)
-    elif is_plain_pickle(path):
-        weights, origins, facts = read_deepmind(path)
-        found = Found("DeepMind", weights, origins)
-    else:
-        found = find_backbone(read_torch(path, foreign=True), own)
-    fitting = {n: t for n, t in found.weights.items() if n in own and t.shape == own[n].shape}
-    missing = tuple(name for name in own if name not in fitting)
-    unexpected = tuple(name for name in found.weights if name not in fitting)
-    wrong = misfits(net, missing, unexpected, translated=found.translated)
-    if wrong or not fitting:
-        names = (wrong or missing)[:4]
-        shown = "; ".join(_difference(n, own.get(n), found.weights.get(n)) for n in names)
-        known = f", {facts['architecture']!r} by its metadata" if "architecture" in facts else ""
-        raise ValueError(
-            f"{path} does not fit {type(net).__name__} in {len(wrong)} of {len(own)} entries: "
-            f"{shown}{'; and more' if len(wrong) > 4 else ''} (read as {found.source}). "
-            f"Expected the weights of the same architecture{known}. Build the network as it "
-            "was trained (the classifier may differ)."
-        )
+    own = _own_weights(net)
+    found, facts = _read(path, own)
+    loaded = {n: w for n, w in found.weights.items() if n in own and fitting(own[n], w)}
+    missing = tuple(name for name in own if name not in loaded)
+    unexpected = tuple(name for name in found.weights if name not in loaded)
+    wrong = misfits(net, own, found.weights, loaded)
+    if wrong or not loaded:
+        shown = wrong if loaded else list(missing)
+        raise ValueError(_misfit(path, net, shown, own, found, facts))
+    if facts.get("architecture") != (architecture := timm_config(net).get("architecture")):
+        _warn_of_another(path, facts.get("architecture"), architecture)
     if facts.pop("padding", None) == "same" and not pads_same(net):
         _choose_padding(path, net, padding)
     if padding == "same":
         same_padding(net)
-    net.load_state_dict(fitting, strict=False)
+    net.load_state_dict(loaded, strict=False)
     return LoadedBackbone(
-        loaded=tuple(fitting),
+        loaded=tuple(loaded),
         missing=missing,
         unexpected=tuple(found.origins[name] for name in unexpected),
-        renamed=tuple((found.origins[n], n) for n in fitting if found.origins[n] != n),
+        renamed=tuple((found.origins[n], n) for n in loaded if found.origins[n] != n),
         source=found.source,
         padding="same" if pads_same(net) else "torch",
         **facts,
     )
+
+
+def _own_weights(net: nn.Module) -> dict[str, Tensor]:
+    if hasattr(net, "ddp_ignored"):
+        raise ValueError(
+            "The network given is a BYOL learner; expected its backbone. Call "
+            "load_backbone(path, learner.net), then learner.reset_moving_average()."
+        )
+    own = {name: v for name, v in net.state_dict().items() if isinstance(v, Tensor)}
+    for name, value in own.items():
+        if isinstance(value, UninitializedTensorMixin):
+            raise ValueError(
+                f"{name} of {type(net).__name__} has no shape yet; expected a network without "
+                "lazy layers left. Call it once on a batch, then load."
+            )
+        if hasattr(value, "full_tensor"):
+            raise ValueError(
+                f"{name} of {type(net).__name__} is sharded; expected whole weights. Load before "
+                "fully_shard."
+            )
+    return own
+
+
+def _read(path: Path, own: dict[str, Tensor]) -> tuple[Found, dict[str, Any]]:
+    facts: dict[str, Any] = {}
+    if is_plain_pickle(path):
+        weights, origins, facts = read_deepmind(path)
+        return Found("DeepMind", weights, origins), facts
+    if is_safetensors(path):
+        state, facts = read_safetensors(path)
+    else:
+        state = read_torch(path, foreign=True)
+    try:
+        return find_backbone(state, own), facts
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of one network: {error}") from None
+
+
+def _misfit(
+    path: Path,
+    net: nn.Module,
+    wrong: list[str],
+    own: dict[str, Tensor],
+    found: Found,
+    facts: dict[str, Any],
+) -> str:
+    def shown(value: Tensor | None) -> str:
+        if value is None:
+            return "absent"
+        kind = "" if value.is_floating_point() else f" {value.dtype}".replace("torch.", "")
+        return f"{tuple(value.shape)}{kind}{' without values' if value.is_meta else ''}"
+
+    each = "; ".join(
+        f"{name} is {shown(own.get(name))} in the network, {shown(found.weights.get(name))} in "
+        "the file"
+        for name in wrong[:4]
+    )
+    known = f", {facts['architecture']!r} by its metadata" if "architecture" in facts else ""
+    if not any(name in own for name in found.weights):
+        mend = f"No name is the same: the file has {', '.join(list(found.origins.values())[:3])}."
+    elif all(re.search("pos|coords", n) and n in own and n in found.weights for n in wrong):
+        mend = "Tables of positions have the size of the images (or windows) that they were "
+        mend += "trained with: build the network for that (timm: img_size=), and resize afterwards."
+    else:
+        mend = "Build the network as it was trained (its last layer may differ), load, and take "
+        mend += "layers off or replace them afterwards."
+    return (
+        f"{path} does not fit {type(net).__name__} in {len(wrong)} of {len(own)} entries: {each}"
+        f"{'; and more' if len(wrong) > 4 else ''} (read as {found.source}). Expected the weights "
+        f"of the same architecture{known}. {mend}"
+    )
+
+
+def _warn_of_another(path: Path, there: str | None, here: str | None) -> None:
+    if there is not None and here is not None:
+        warnings.warn(
+            f"{path} is of {there!r} by its metadata, and the network is {here!r}: all names and "
+            "shapes fit, but what has no weights (activations, padding, blur) may differ, and then "
+            f"the features do. Build {there!r} to be sure.",
+            stacklevel=3,
+        )
 
 
 def _choose_padding(path: Path, net: nn.Module, padding: str | None) -> None:
@@ -250,25 +342,30 @@ def _choose_padding(path: Path, net: nn.Module, padding: str | None) -> None:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    if type(value) in (dict, OrderedDict):
+    kind = type(value)
+    if kind in (dict, OrderedDict, Counter):
         for key, item in value.items():
             _check_plain(key, f"a key of {where}")
             _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
+    elif kind in (list, tuple, set):
         for index, item in enumerate(value):
             _check_plain(item, f"{where}[{index}]")
-    elif hasattr(value, "full_tensor") or not (type(value) in PLAIN or isinstance(value, Tensor)):
-        raise TypeError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}; expected tensors, "
-            "numbers, strings, None, and lists, tuples and dicts of those, which load() can read "
-            "without running code. Convert it: vars(x), str(x), float(x), torch.as_tensor(x), or "
-            "x.full_tensor() of a sharded tensor."
-        )
+    elif kind not in PLAIN or hasattr(value, "full_tensor"):
+        raise _not_plain(where, f"a {kind.__module__}.{kind.__qualname__}")
+    elif (value == b"" and kind is bytes) or (kind is int and value.bit_length() > LONGEST):
+        raise _not_plain(where, f"{'empty bytes' if value == b'' else 'a very long integer'}")
+    # Tensors and OrderedDicts are pickled with what has been set on them.
+    for name, item in getattr(value, "__dict__", {}).items():
+        _check_plain(item, f"{where}.{name}")
 
 
-def _difference(name: str, own: Tensor | None, found: Tensor | None) -> str:
-    here, there = ("absent" if x is None else str(tuple(x.shape)) for x in (own, found))
-    return f"{name} is {here} in the network, {there} in the file"
+def _not_plain(where: str, came: str) -> TypeError:
+    return TypeError(
+        f"{where} is {came}; expected tensors, numbers, strings, None, and lists, tuples, sets and "
+        "dicts of those, which load() can read without running code. Convert it: dict(x), list(x), "
+        "vars(x), str(x), x.item(), torch.as_tensor(x), x.as_subclass(torch.Tensor) of a subclass "
+        "of tensors, or x.full_tensor() of a sharded tensor."
+    )
 
 
 def _plain_copy(value: Any) -> Tensor:
