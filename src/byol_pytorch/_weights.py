@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Names that classifiers have where timm does not say: torchvision, transformers, distilled DeiTs.
-CLASSIFIERS = (
-    *("fc", "head", "heads", "classifier"),
-    *("head_dist", "cls_classifier", "distillation_classifier"),
-)
+# Names that classifiers have where timm does not say: torchvision, transformers. Distilled DeiTs
+# have two.
+CLASSIFIERS = ("fc", "head", "heads", "classifier")
+DISTILLED = ("head_dist", "cls_classifier", "distillation_classifier")
 # What hangs beside a backbone and not between the images and its representation: the auxiliary
 # classifiers of Inception, and the parts that other methods train along.
 BESIDE = re.compile(
@@ -102,7 +101,8 @@ def misfits(
 
     lacking = [n for n in missing if n in parameters or n in left or n.endswith(STATISTICS)]
     homeless = [n for n, v in left.items() if not no_matter(n) and not explained(n, v)]
-    if _is_a_last_linear({n: left[n] for n in homeless}, own):
+    heads = {n: v for n, v in left.items() if not NO_MATTER.fullmatch(n)}
+    if homeless and _is_a_linear_after_all(heads, own):
         homeless = []
     return list(dict.fromkeys([n for n in lacking if not no_matter(n)] + homeless))
 
@@ -111,13 +111,16 @@ def last_layers(net: nn.Module) -> tuple[str, ...]:
     """The names of the modules after the representation: a network's classifier, or several."""
     names = {id(module): name for name, module in net.named_modules()}
     if hasattr(net, "forward_head") and hasattr(net, "get_classifier"):  # timm
-        heads = net.get_classifier()
+        try:
+            heads: Any = net.get_classifier()
+        except AttributeError:  # of a classifier that was built without its inner layer
+            return (str(timm_config(net).get("classifier", "head")).partition(".")[0],)
         heads = heads if isinstance(heads, tuple | list) else (heads,)
         return tuple(names[id(head)] for head in heads if id(head) in names)
     children = list(net.named_children())
     found: list[str] = []
     for place, (name, child) in enumerate(children):
-        if name in CLASSIFIERS or (place == len(children) - 1 and isinstance(child, nn.Linear)):
+        if name in (*CLASSIFIERS, *DISTILLED) or (place == len(children) - 1 and isinstance(child, nn.Linear)):
             # What comes before its last layer counts as part of the representation.
             inner = [m for m in child.modules() if m._parameters]
             weighted = [i for i, m in enumerate(inner) if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -129,14 +132,14 @@ def _is_within(name: str, modules: Iterable[str]) -> bool:
     return name.startswith(tuple(f"{module}." for module in modules if module))
 
 
-def _is_classifier(name: str, found: Mapping[str, Tensor]) -> bool:
+def _is_classifier(name: str, found: Iterable[str]) -> bool:
     """Whether the name is of a head that is one layer in the file."""
-    head = name.partition(".")[0]
-    layers = {n.rpartition(".")[0] for n in found if n.startswith(f"{head}.")}
-    return head in CLASSIFIERS and len(layers) == 1
+    heads = next((h for h in (CLASSIFIERS, DISTILLED) if name.partition(".")[0] in h), ())
+    layers = {n.rpartition(".")[0] for n in found if n.partition(".")[0] in heads}
+    return heads == DISTILLED or len(layers) == 1
 
 
-def _is_a_last_linear(left: Mapping[str, Tensor], own: Iterable[str]) -> bool:
+def _is_a_linear_after_all(left: Mapping[str, Tensor], own: Iterable[str]) -> bool:
     """Whether all that is left is one Linear, outside of the network's own children."""
     layer = next(iter(left), "").rpartition(".")[0]
     children = {name.partition(".")[0] for name in own}
