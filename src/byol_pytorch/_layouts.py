@@ -16,7 +16,9 @@ from byol_pytorch._weights import fitting
 NESTED = ("learner", "state_dict", "model")  # keys of training states
 WRAPPERS = ("module.", "learner.", "model.")  # DDP, Lightning
 # torch.compile, FSDP and activation checkpointing, which wrap blocks too
-INNER_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+INNER_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 @dataclass(frozen=True)

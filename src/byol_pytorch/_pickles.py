@@ -86,8 +86,9 @@ def read_torch(path: Path, map_location: Any = "cpu", *, foreign: bool = False) 
     seen: set[str] = set()
     while True:  # torch names one class that it does not know at a time
         try:
-            with torch.serialization.safe_globals(inert):
-                state = torch.load(path, map_location=map_location, weights_only=True)
+            # The open file: by its name alone torch takes .safetensors for that format.
+            with torch.serialization.safe_globals(inert), path.open("rb") as file:
+                state = torch.load(file, map_location=map_location, weights_only=True)
             break
         except Exception as error:
             whole = zipfile.is_zipfile(path)  # the index is at the end: a torn file has none
@@ -105,7 +106,9 @@ def read_torch(path: Path, map_location: Any = "cpu", *, foreign: bool = False) 
                     f"{path} is {kind}; expected a file by torch.save of a state_dict. Save one: "
                     "torch.save(net.state_dict(), path)."
                 ) from error
-            elif isinstance(error, PermissionError) or (whole and "Stream" not in str(error)):
+            elif isinstance(error, PermissionError | MemoryError) or (
+                isinstance(error, RuntimeError) and whole and "Stream" not in str(error)
+            ):  # of devices, say
                 raise
             else:
                 raise damaged(path, "a file by torch.save") from error

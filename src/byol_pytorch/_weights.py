@@ -62,7 +62,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, has_its_form in FACTS.items():
         try:
             value = json.loads(metadata.get(name, "null"))
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON, or thousands of brackets
             continue
         if has_its_form(value):
             facts[name] = tuple(value) if isinstance(value, list) else value
@@ -107,24 +107,25 @@ def misfits(
     return list(dict.fromkeys([n for n in lacking if not no_matter(n)] + homeless))
 
 
-def last_layers(net: nn.Module) -> tuple[str, ...]:
+def last_layers(net: Any) -> tuple[str, ...]:
     """The names of the modules after the representation: a network's classifier, or several."""
     names = {id(module): name for name, module in net.named_modules()}
     if hasattr(net, "forward_head") and hasattr(net, "get_classifier"):  # timm
         try:
-            heads: Any = net.get_classifier()
+            heads = net.get_classifier()
         except AttributeError:  # of a classifier that was built without its inner layer
             return (str(timm_config(net).get("classifier", "head")).partition(".")[0],)
         heads = heads if isinstance(heads, tuple | list) else (heads,)
         return tuple(names[id(head)] for head in heads if id(head) in names)
-    children = list(net.named_children())
+    children = dict(net.named_children())
+    last = list(children)[-1:]
+    known = [name for name in children if name in (*CLASSIFIERS, *DISTILLED)]
     found: list[str] = []
-    for place, (name, child) in enumerate(children):
-        if name in (*CLASSIFIERS, *DISTILLED) or (place == len(children) - 1 and isinstance(child, nn.Linear)):
-            # What comes before its last layer counts as part of the representation.
-            inner = [m for m in child.modules() if m._parameters]
-            weighted = [i for i, m in enumerate(inner) if isinstance(m, nn.Linear | nn.Conv2d)]
-            found += [names[id(m)] for m in inner[weighted[-1] if weighted else len(inner) :]]
+    for head in dict.fromkeys(known + [n for n in last if isinstance(children[n], nn.Linear)]):
+        # What comes before its last layer counts as part of the representation.
+        inner = [m for m in children[head].modules() if m._parameters]
+        weighted = [i for i, m in enumerate(inner) if isinstance(m, nn.Linear | nn.Conv2d)]
+        found += [names[id(m)] for m in inner[weighted[-1] if weighted else len(inner) :]]
     return tuple(found)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from byol_pytorch._card import model_card
 from byol_pytorch._files import StrPath, existing, is_safetensors, replacing
@@ -251,7 +251,7 @@ def _own_weights(net: nn.Module) -> dict[str, Tensor]:
         )
     own = {name: v for name, v in net.state_dict().items() if isinstance(v, Tensor)}
     for name, value in own.items():
-        if isinstance(value, UninitializedTensorMixin):
+        if is_lazy(value):
             raise ValueError(
                 f"{name} of {type(net).__name__} has no shape yet; expected a network without "
                 "lazy layers left. Call it once on a batch, then load."
