@@ -16,6 +16,7 @@ from timm.models.efficientnet import EfficientNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.volo import VOLO
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
@@ -36,6 +37,9 @@ distilled = partial(VisionTransformerDistilled, img_size=32, patch_size=8, embed
                     num_heads=2, num_classes=5)  # fmt: skip
 torchvision_vit = partial(vision.VisionTransformer, 32, 8, 2, 2, 16, 32, num_classes=5)
 convnext = partial(ConvNeXt, depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=5)
+volo = partial(VOLO, (1, 1), embed_dims=(16, 16), num_heads=(2, 2), mlp_ratio=2.0, img_size=32,
+               downsamples=(True, False), outlook_attention=(True, False), stem_hidden_dim=8,
+               post_layers=("ca",))  # fmt: skip
 swin = partial(SwinTransformer, img_size=32, patch_size=2, window_size=4, embed_dim=8,
                depths=(2, 2), num_heads=(2, 2), num_classes=5)  # fmt: skip
 swin_v2 = partial(SwinTransformerV2, img_size=32, patch_size=2, window_size=4, embed_dim=8,
@@ -195,6 +199,9 @@ ACCEPTED: dict[str, tuple[Make, Callable[[nn.Module], Any], Make]] = {
     "no last layer in the file": (partial(small, num_classes=0), plain, small),
     "norm before the last layer": (levit, plain, partial(levit, num_classes=0)),
     "no norm before the last layer": (partial(levit, num_classes=0), plain, levit),
+    "an auxiliary last layer": (
+        partial(volo, num_classes=7), plain, partial(volo, num_classes=5)),
+    "no auxiliary last layer": (partial(volo, num_classes=0), plain, partial(volo, num_classes=5)),
     "two last layers": (distilled, plain, partial(distilled, num_classes=0)),
     "weights for other methods": (vit, masked, vit),
     "buffers of older timm": (swin, older_swin, partial(swin, num_classes=0)),

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 CLASSIFIERS = ("fc", "head", "heads", "classifier")
 DISTILLED = ("head_dist", "cls_classifier", "distillation_classifier")
 # What hangs beside a backbone and not between the images and its representation: the auxiliary
-# classifiers of Inception, and the parts that other methods train along.
+# classifiers of Inception and VOLO, and the parts that other methods train along.
 BESIDE = re.compile(
-    r"(AuxLogits|aux1|aux2|projector|predictor|projection_head|prediction_head|prototypes"
+    r"(AuxLogits|aux1|aux2|aux_head|projector|predictor|projection_head|prediction_head|prototypes"
     r"|decoder(_\w+)?)\..+|decoder_\w+"
 )
 # Counters, masks that follow from the size of the images, tokens for masked images alone
@@ -37,11 +37,14 @@ FACTS: dict[str, Callable[[Any], bool]] = {
     "std": lambda value: _numbers(value, (int, float)),
     "image_size": lambda value: _numbers(value, int) and len(value) == 2,
     "architecture": lambda value: isinstance(value, str),
+    "model_args": lambda value: isinstance(value, dict),
     "padding": lambda value: value == "same",
 }
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_safetensors(
+    path: Path, *, tensors: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, and what export_backbone wrote beside them; others' notes are passed over.
 
     Raises ValueError for a file that is no whole safetensors file.
@@ -50,7 +53,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         with safetensors.safe_open(path, "pt") as file:
-            names = file.keys()
+            names = file.keys() if tensors else ()
             weights = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
@@ -119,14 +122,59 @@ def last_layers(net: Any) -> tuple[str, ...]:
         return tuple(names[id(head)] for head in heads if id(head) in names)
     children = dict(net.named_children())
     last = list(children)[-1:]
-    known = [name for name in children if name in (*CLASSIFIERS, *DISTILLED)]
+    usual = [name for name in children if name in (*CLASSIFIERS, *DISTILLED)]
     found: list[str] = []
-    for head in dict.fromkeys(known + [n for n in last if isinstance(children[n], nn.Linear)]):
+    for head in dict.fromkeys(usual + [n for n in last if isinstance(children[n], nn.Linear)]):
         # What comes before its last layer counts as part of the representation.
         inner = [m for m in children[head].modules() if m._parameters]
         weighted = [i for i, m in enumerate(inner) if isinstance(m, nn.Linear | nn.Conv2d)]
         found += [names[id(m)] for m in inner[weighted[-1] if weighted else len(inner) :]]
     return tuple(found)
+
+
+def timm_args(net: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Arguments with which timm.create_model, given the architecture, has a place for `weights`.
+
+    None for a network that is not timm's, or whose other arguments it does not tell.
+    """
+    config = timm_config(net)
+    if "architecture" not in config:
+        return None
+    args: dict[str, Any] = {"num_classes": 0}
+    if any(_is_within(name, last_layers(net)) for name in weights):
+        args["num_classes"] = net.num_classes
+    stem = config.get("first_conv")
+    if isinstance(stem, str) and f"{stem}.weight" in weights:
+        args["in_chans"] = weights[f"{stem}.weight"].shape[1] * net.get_submodule(stem).groups
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    if size is not None:
+        args["img_size"] = list(size)
+    if args.get("in_chans") == config.get("input_size", (3,))[0]:
+        del args["in_chans"]
+    if args.get("img_size") == list(config.get("input_size", ())[1:]):
+        del args["img_size"]
+    return args if _rebuilds(config["architecture"], args, weights) else None
+
+
+def _rebuilds(name: str, args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bool:
+    import timm
+
+    try:
+        with torch.device("meta"):
+            built = timm.create_model(name, **args).state_dict()
+    except Exception:  # whatever timm raises: then the arguments stay unknown
+        return False
+    return {n: v.shape for n, v in built.items()} == {n: v.shape for n, v in weights.items()}
+
+
+def without_classifier(
+    net: nn.Module, weights: Mapping[str, Tensor], unreached: Iterable[str]
+) -> dict[str, Tensor]:
+    """The weights without those last layers all of whose parameters are `unreached`."""
+    parameters = {name for name, _ in net.named_parameters()}
+    trained = parameters - set(unreached)
+    heads = [h for h in last_layers(net) if not any(_is_within(name, (h,)) for name in trained)]
+    return {name: value for name, value in weights.items() if not _is_within(name, heads)}
 
 
 def _is_within(name: str, modules: Iterable[str]) -> bool:

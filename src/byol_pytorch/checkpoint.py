@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,20 @@ from byol_pytorch._files import StrPath, existing, is_safetensors, replacing
 from byol_pytorch._haiku import pads_same, read_deepmind, same_padding
 from byol_pytorch._layouts import Found, exported_names, find_backbone
 from byol_pytorch._pickles import is_plain_pickle, read_torch
-from byol_pytorch._weights import fitting, misfits, read_safetensors, timm_config, unwrapped
+from byol_pytorch._weights import (
+    fitting,
+    misfits,
+    read_safetensors,
+    timm_args,
+    timm_config,
+    unwrapped,
+    without_classifier,
+)
 
 __all__ = [
     "LoadedBackbone",
     "export_backbone",
+    "facts",
     "keep_last",
     "load",
     "load_backbone",
@@ -117,31 +126,41 @@ def export_backbone(
     image_size: int | tuple[int, int] | None = None,
     naming: Literal["timm", "torchvision"] | None = None,
     card: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a backbone's state_dict as a safetensors file, whole or not at all.
 
     `source` is a BYOL learner (its online network, with the normalisation and the size of its
-    views) or a network; torch.compile's and DDP's wrappers are looked through. The file's metadata
-    hold as JSON `mean` and `std` (one value a channel, of images in [0, 1]), `image_size` (height
-    and width in pixels), `architecture` (timm's name), `padding` ("same" after `same_padding`) and
-    `byol_pytorch` (the version), as far as they are known; arguments go before what the learner
-    says. Values that are no tensors are left out. Of several processes rank 0 writes; a sharded
-    network is gathered, so call this on all.
+    views) or a network; torch.compile's and DDP's wrappers are looked through. A learner's
+    classifier is left out where it does not reach the representation: nothing has trained it. So
+    timm.create_model(..., num_classes=0, checkpoint_path=path) takes the file, and with classes
+    load_backbone does.
+
+    The file's metadata hold as JSON `mean` and `std` (one value a channel, of images in [0, 1]),
+    `image_size` (height and width in pixels), `architecture` (timm's name), `model_args` (for
+    timm.create_model beside the name: those given, else what the network tells if it can be built
+    anew from that), `padding` ("same" after `same_padding`) and `byol_pytorch` (the version), as
+    far as they are known, for `facts` to read; arguments go before what the learner says. Values
+    that are no tensors are left out. Of several processes rank 0 writes; a sharded network is
+    gathered, so call this on all.
 
     `naming` renames a ViT of timm or torchvision to the other's names (their ResNets have the same
     names); without it names stay. `card` says how and on what the network was trained: a model card
     for a hub with it is written as README.md beside the file, its licence left to you.
 
-    Needs safetensors. Raises ValueError for a mean and std that do not go together or a network
-    without such names, FileExistsError for a README.md already there, OSError as `save` does.
+    Needs safetensors. Raises ValueError for a mean and std that do not go together, model_args that
+    are no JSON, or a network without such names, FileExistsError for a README.md already there,
+    OSError as `save` does.
     """
     import safetensors.torch
 
     from byol_pytorch import __version__
 
     net, recorded = unwrapped(source), (None, None, None)
+    unreached: list[str] = []
     if hasattr(net, "ddp_ignored"):  # a learner
         recorded = (*(net.normalisation or (None, None)), net.image_size)
+        unreached = [n.removeprefix("net.").removeprefix("_orig_mod.") for n in net.ddp_ignored()]
         net = unwrapped(net.net)
     if mean is None and std is None:
         mean, std = recorded[:2]
@@ -154,16 +173,25 @@ def export_backbone(
     readme = Path(path).parent / "README.md"
     if card is not None and readme.exists():
         raise FileExistsError(f"{readme} exists; expected none. Move it, or export without card=.")
-    facts = {
+    state = {name: v for name, v in net.state_dict().items() if isinstance(v, Tensor)}
+    if unreached:
+        state = without_classifier(net, state, unreached)
+    notes = {
         "mean": None if mean is None else [float(v) for v in mean],
         "std": None if std is None else [float(v) for v in std],
         "image_size": [size, size] if isinstance(size, int) else size and list(size),
         "architecture": timm_config(net).get("architecture"),
+        "model_args": timm_args(net, state) if model_args is None else dict(model_args),
         "padding": "same" if pads_same(net) else None,
         "byol_pytorch": __version__,
     }
-    metadata = {name: json.dumps(value) for name, value in facts.items() if value is not None}
-    state = {name: v for name, v in net.state_dict().items() if isinstance(v, Tensor)}
+    try:
+        metadata = {name: json.dumps(value) for name, value in notes.items() if value is not None}
+    except TypeError as error:
+        raise ValueError(
+            f"model_args={model_args!r}; expected what JSON holds: numbers, strings, lists, None "
+            f"({error}). Leave out classes and functions, and name them in card=."
+        ) from error
     names = list(state) if naming is None else exported_names(state, naming)
     tensors = {n: _plain_copy(v) for n, v in zip(names, state.values(), strict=True)}
     # The ranks' batch statistics may differ, so not just anyone's file may be the last.
@@ -173,7 +201,18 @@ def export_backbone(
         file.write(safetensors.torch.save(tensors, {"format": "pt", **metadata}))
     if card is not None:
         with replacing(readme) as file:
-            file.write(model_card(Path(path).name, facts, card).encode())
+            file.write(model_card(Path(path).name, notes, card).encode())
+
+
+def facts(path: StrPath) -> dict[str, Any]:
+    """What `export_backbone` wrote beside the tensors, to build the network that they are of.
+
+    Some of mean, std, image_size (tuples), architecture (timm's name), model_args (a dict for
+    timm.create_model) and padding; empty for files of other origin. Reads the header alone. Raises
+    FileNotFoundError; ValueError for a damaged file.
+    """
+    path = existing(path)
+    return read_safetensors(path, tensors=False)[1] if is_safetensors(path) else {}
 
 
 @dataclass(frozen=True)
@@ -190,6 +229,7 @@ class LoadedBackbone:
     std: tuple[float, ...] | None = None
     image_size: tuple[int, int] | None = None  # height, width
     architecture: str | None = None
+    model_args: dict[str, Any] | None = None  # for timm.create_model, beside the architecture
 
 
 def load_backbone(
@@ -201,8 +241,9 @@ def load_backbone(
     timm, and training states, whose online network is taken, of this library, byol-pytorch 0.x,
     MMSelfSup and MMPretrain, lightly, solo-learn and MoCo; and DeepMind's pickles. Nothing that a
     file names is imported or called. Names are translated where theirs differ from the network's:
-    ViTs of torchvision and MMPretrain, numbered ResNets. The classifier may be absent, or of
-    another shape, and then stays as it is; so do constant buffers. In a learner, call
+    ViTs of torchvision and MMPretrain, numbered ResNets. The last layer may be absent, or of
+    another shape, and then stays as it is; so do constant buffers. What the file has beyond the
+    network must be heads, counters or constants. Give `learner.net`, and call
     reset_moving_average() afterwards; load before fully_shard.
 
     DeepMind's networks pad as SAME. `padding="same"` has `net` do so too, by `same_padding`, for
@@ -210,24 +251,25 @@ def load_backbone(
 
     Raises FileNotFoundError; ValueError for a file that cannot be read (see `load`), that wants the
     padding chosen, or that is of another backbone: weights of `net` would stay unset, or the file
-    has layers for which it has no place. Then `net` is as it was.
+    has weights for which it has no place. Then `net` is as it was. Warns where the file's metadata
+    name another architecture of timm with the same weights.
     """
     if padding not in (None, "same", "torch"):
         raise ValueError(f"padding={padding!r}; expected 'same', 'torch' or None.")
     path = existing(path)
     net = unwrapped(net)
     own = _own_weights(net)
-    found, facts = _read(path, own)
+    found, notes = _read(path, own)
     loaded = {n: w for n, w in found.weights.items() if n in own and fitting(own[n], w)}
     missing = tuple(name for name in own if name not in loaded)
     unexpected = tuple(name for name in found.weights if name not in loaded)
     wrong = misfits(net, own, found.weights, loaded)
     if wrong or not loaded:
         shown = wrong if loaded else list(missing)
-        raise ValueError(_misfit(path, net, shown, own, found, facts))
-    if facts.get("architecture") != (architecture := timm_config(net).get("architecture")):
-        _warn_of_another(path, facts.get("architecture"), architecture)
-    if facts.pop("padding", None) == "same" and not pads_same(net):
+        raise ValueError(_misfit(path, net, shown, own, found, notes))
+    if notes.get("architecture") != (architecture := timm_config(net).get("architecture")):
+        _warn_of_another(path, notes.get("architecture"), architecture)
+    if notes.pop("padding", None) == "same" and not pads_same(net):
         _choose_padding(path, net, padding)
     if padding == "same":
         same_padding(net)
@@ -239,7 +281,7 @@ def load_backbone(
         renamed=tuple((found.origins[n], n) for n in loaded if found.origins[n] != n),
         source=found.source,
         padding="same" if pads_same(net) else "torch",
-        **facts,
+        **notes,
     )
 
 
@@ -265,16 +307,16 @@ def _own_weights(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _read(path: Path, own: dict[str, Tensor]) -> tuple[Found, dict[str, Any]]:
-    facts: dict[str, Any] = {}
+    notes: dict[str, Any] = {}
     if is_plain_pickle(path):
-        weights, origins, facts = read_deepmind(path)
-        return Found("DeepMind", weights, origins), facts
+        weights, origins, notes = read_deepmind(path)
+        return Found("DeepMind", weights, origins), notes
     if is_safetensors(path):
-        state, facts = read_safetensors(path)
+        state, notes = read_safetensors(path)
     else:
         state = read_torch(path, foreign=True)
     try:
-        return find_backbone(state, own), facts
+        return find_backbone(state, own), notes
     except ValueError as error:
         raise ValueError(f"{path} is no file of one network: {error}") from None
 
@@ -285,7 +327,7 @@ def _misfit(
     wrong: list[str],
     own: dict[str, Tensor],
     found: Found,
-    facts: dict[str, Any],
+    notes: dict[str, Any],
 ) -> str:
     def shown(value: Tensor | None) -> str:
         if value is None:
@@ -298,7 +340,7 @@ def _misfit(
         "the file"
         for name in wrong[:4]
     )
-    known = f", {facts['architecture']!r} by its metadata" if "architecture" in facts else ""
+    known = f", {notes['architecture']!r} by its metadata" if "architecture" in notes else ""
     if not any(name in own for name in found.weights):
         mend = f"No name is the same: the file has {', '.join(list(found.origins.values())[:3])}."
     elif all(re.search("pos|coords", n) and n in own and n in found.weights for n in wrong):
