@@ -252,6 +252,16 @@ def test_the_format_is_seen_in_the_file_not_in_its_name(tmp_path: Path) -> None:
         load(tmp_path / "net.pth")
 
 
+@pytest.mark.parametrize("name", ["net.safetensors", "net.bin"])
+def test_a_header_that_begins_as_a_pickle_does_is_read(name: str, tmp_path: Path) -> None:
+    for padding in range(0, 256, 8):  # the header's length is a multiple of 8
+        save_file(tiny().state_dict(), tmp_path / name, {"note": "a" * padding})
+        if (tmp_path / name).read_bytes()[:1] == b"\x80":
+            break
+    assert (tmp_path / name).read_bytes()[:1] == b"\x80"
+    assert load_backbone(tmp_path / name, tiny()).missing == ()
+
+
 def zipped(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("readme.txt", "hello")

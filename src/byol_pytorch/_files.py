@@ -36,7 +36,9 @@ def is_safetensors(path: Path) -> bool:
     if start[:4] == b"PK\3\4":  # by torch.save
         return False
     # The length of the header, which is JSON
-    return path.suffix == ".safetensors" or start[8:] == b"{"
+    header = int.from_bytes(start[:8], "little")
+    starts_so = start[8:] == b"{" and header + 8 <= path.stat().st_size
+    return starts_so or path.suffix == ".safetensors"
 
 
 @contextlib.contextmanager

@@ -308,11 +308,11 @@ def _own_weights(net: nn.Module) -> dict[str, Tensor]:
 
 def _read(path: Path, own: dict[str, Tensor]) -> tuple[Found, dict[str, Any]]:
     notes: dict[str, Any] = {}
-    if is_plain_pickle(path):
+    if is_safetensors(path):  # first: its header's length may begin as a pickle does
+        state, notes = read_safetensors(path)
+    elif is_plain_pickle(path):
         weights, origins, notes = read_deepmind(path)
         return Found("DeepMind", weights, origins), notes
-    if is_safetensors(path):
-        state, notes = read_safetensors(path)
     else:
         state = read_torch(path, foreign=True)
     try:
