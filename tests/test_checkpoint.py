@@ -27,6 +27,7 @@ from byol_pytorch import BYOL
 from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD
 from byol_pytorch.checkpoint import (
     export_backbone,
+    facts,
     keep_last,
     load,
     load_backbone,
@@ -292,16 +293,20 @@ def test_a_learners_backbone_goes_through_timm_and_back(tmp_path: Path) -> None:
             buffer.add_(1)
     learner = BYOL(net, (64, 48), projection_size=8, projection_hidden_size=16)
     export_backbone(learner, tmp_path / "net.safetensors")
-    other = timm.create_model("resnet18")
+    other = timm.create_model("resnet18", num_classes=10)
     report = load_backbone(tmp_path / "net.safetensors", other)
-    assert same(net, other)
-    assert set(report.loaded) == set(net.state_dict())
-    assert report.missing == report.unexpected == ()
+    assert set(report.missing) == {"fc.weight", "fc.bias"} and report.unexpected == ()
     assert (report.mean, report.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert (report.image_size, report.architecture) == ((64, 48), "resnet18")
-    # Also by timm's own loader.
-    third = timm.create_model("resnet18", checkpoint_path=str(tmp_path / "net.safetensors"))
-    assert same(net, third)
+    # Also by timm's own loader, with and without classes.
+    file = str(tmp_path / "net.safetensors")
+    third = timm.create_model("resnet18", num_classes=0, checkpoint_path=file)
+    overlay = {"file": file, "num_classes": 0}
+    fourth = timm.create_model("resnet18", num_classes=10, pretrained=True,
+                               pretrained_cfg_overlay=overlay)  # fmt: skip
+    for loaded in (net, other, fourth):
+        loaded.reset_classifier(0)
+        assert same(loaded, third)
 
 
 def test_a_bare_network_is_exported_with_what_is_said_of_it(tmp_path: Path) -> None:
@@ -360,6 +365,72 @@ def test_a_card_of_an_unknown_network_claims_nothing(tmp_path: Path) -> None:
     text = (tmp_path / "README.md").read_text()
     assert "timm" not in text and "normalised" not in text and "None" not in text
     assert "net = ...  # the network that was trained" in text
+
+
+def in_file(path: Path) -> set[str]:
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+def test_only_a_classifier_that_nothing_trained_is_left_out(tmp_path: Path) -> None:
+    path, heads = tmp_path / "net.safetensors", {"5.weight", "5.bias"}
+    for net in (small_net(), torch.compile(small_net())):
+        learner = BYOL(net, 16, projection_size=8, projection_hidden_size=16)
+        export_backbone(learner, path)
+        assert in_file(path) == set(small_net().state_dict()) - heads
+        assert set(load_backbone(path, small_net(3)).missing) == heads
+    # Trained, or given by the user as it is.
+    export_backbone(BYOL(small_net(), 16, hidden_layer=-1, projection_hidden_size=16), path)
+    assert in_file(path) == set(small_net().state_dict())
+    export_backbone(small_net(), path)
+    assert in_file(path) == set(small_net().state_dict())
+
+
+def test_layers_within_the_network_stay_where_the_representation_is_earlier(
+    tmp_path: Path,
+) -> None:
+    net, path = torchvision.models.resnet18(), tmp_path / "net.safetensors"
+    export_backbone(BYOL(net, 32, hidden_layer="layer3", projection_hidden_size=16), path)
+    assert in_file(path) == {n for n in net.state_dict() if not n.startswith("fc.")}
+    assert len(load_backbone(path, torchvision.models.resnet18()).missing) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("resnet10t", {"num_classes": 0}, {"num_classes": 0}),
+        ("resnet10t", {"in_chans": 1}, {"num_classes": 1000, "in_chans": 1}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 12, "num_classes": 5},
+         {"num_classes": 5, "img_size": [32, 32]}),
+        ("resnet10t", {"channels": (8, 8, 8, 8)}, None),
+        ("resnet10t", {"channels": (8, 8, 8, 8), "num_classes": 0, "by hand": True},
+         {"channels": [8, 8, 8, 8], "num_classes": 0}),
+    ],
+)  # fmt: skip
+def test_a_file_says_how_to_build_its_network(
+    name: str, options: dict, told: dict | None, tmp_path: Path
+) -> None:
+    given = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    args = given if given.pop("by hand", False) else None
+    net = timm.create_model(name, **{k: v for k, v in options.items() if k != "by hand"})
+    path = tmp_path / "net.safetensors"
+    export_backbone(net, path, mean=[0.5], std=[0.25], model_args=args)
+    found = facts(path)
+    assert found.pop("architecture") == name
+    assert found.pop("model_args", None) == told
+    assert found == {"mean": (0.5,), "std": (0.25,)}
+    if told is not None:
+        again = timm.create_model(name, **told)
+        report = load_backbone(path, again)
+        assert report.model_args == told and report.missing == () and same(again, net)
+
+
+def test_facts_of_other_files_are_empty(tmp_path: Path) -> None:
+    save(small_net().state_dict(), tmp_path / "net.pt")
+    export_backbone(small_net(), tmp_path / "net.safetensors")
+    assert facts(tmp_path / "net.pt") == facts(tmp_path / "net.safetensors") == {}
+    with pytest.raises(ValueError, match=r"model_args=.*; expected what JSON holds"):
+        export_backbone(small_net(), tmp_path / "a", model_args={"act_layer": nn.ReLU})
 
 
 class Tied(nn.Module):
@@ -497,5 +568,5 @@ def test_lost_batch_statistics_are_refused_but_not_lost_counters(tmp_path: Path)
     with pytest.raises(ValueError, match=r"1\.running_var is \(8,\) in the network, absent"):
         load_backbone(tmp_path / "net.pt", small_net())
     save({"step": 1}, tmp_path / "net.pt")
-    with pytest.raises(ValueError, match="does not fit Sequential"):
+    with pytest.raises(ValueError, match=r"holds no tensors under its keys \('step'\); expected a"):
         load_backbone(tmp_path / "net.pt", small_net())

@@ -11,7 +11,9 @@ def model_card(file: str, facts: Mapping[str, Any], trained: str) -> str:
     it was trained. The licence is left to the caller, as a comment of the header.
     """
     architecture = facts.get("architecture")
-    build = f'timm.create_model("{architecture}", num_classes=0)' if architecture else "..."
+    args = facts.get("model_args") or {"num_classes": 0}
+    given = ", ".join(f"{name}={value!r}" for name, value in args.items())
+    build = f'timm.create_model("{architecture}", {given})' if architecture else "..."
     padding = ', padding="same"' if facts.get("padding") == "same" else ""
     size = facts.get("image_size")
     expects = ["RGB images in [0, 1]" if len(facts.get("mean") or ()) == 3 else "Images"]

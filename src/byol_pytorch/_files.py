@@ -16,12 +16,29 @@ STALE = 3600.0  # seconds after which nobody still writes to a temporary file
 def existing(path: StrPath) -> Path:
     """`path`; raises FileNotFoundError, with what is beside it, where there is no such file."""
     path = Path(path)
+    if path.is_dir():
+        inside = ", ".join(sorted(f.name for f in path.iterdir())[:8])
+        raise FileNotFoundError(
+            f"{path} is a folder; expected a checkpoint's file. In it: {inside or 'nothing'}."
+        )
     if not path.is_file():
         beside = ", ".join(sorted(f.name for f in path.parent.glob(f"*{path.suffix}"))[:8])
         raise FileNotFoundError(
             f"{path} is no file; expected a checkpoint. In its folder: {beside or 'none'}."
         )
     return path
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is of that format: by its start where that tells, else by its name."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:4] == b"PK\3\4":  # by torch.save
+        return False
+    # The length of the header, which is JSON
+    header = int.from_bytes(start[:8], "little")
+    starts_so = start[8:] == b"{" and header + 8 <= path.stat().st_size
+    return starts_so or path.suffix == ".safetensors"
 
 
 @contextlib.contextmanager

@@ -11,8 +11,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from byol_pytorch._weights import fitting
+
 NESTED = ("learner", "state_dict", "model")  # keys of training states
-WRAPPERS = ("module.", "_orig_mod.", "learner.", "model.")  # DDP, torch.compile, Lightning
+WRAPPERS = ("module.", "learner.", "model.")  # DDP, Lightning
+# torch.compile, FSDP and activation checkpointing, which wrap blocks too
+INNER_WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ LAYOUTS = (
     Layout("solo-learn, older", "encoder.", "momentum_encoder."),
     Layout("MoCo", "encoder_q.", "encoder_k."),
     Layout("a network with a backbone", "backbone.", "backbone."),
+    Layout("a module with a model", "model.", "model."),
+    Layout("a module with an encoder", "encoder.", "encoder."),
 )
 
 # Pairs of names for the same weight; {} is the same text in both. The first that fits counts.
@@ -93,26 +101,46 @@ class Found:
     source: str
     weights: dict[str, Tensor]
     origins: dict[str, str]
-    translated: bool = False  # by one of NAMINGS
 
 
 def find_backbone(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Found:
-    """The tensors of a file in the layout and naming in which most fit the network's `own`."""
-    for key in NESTED:
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    """The tensors of a file in the layout and naming in which most fit the network's `own`.
 
+    Raises ValueError for a state without weights, or with several networks' of unknown keys.
+    """
+    tensors = _tensors(_network(state))
     candidates = [
-        Found(source, {name: tensors[origin] for name, origin in names.items()}, names, translated)
-        for source, names, translated in _candidates(tensors)
+        Found(source, {name: tensors[origin] for name, origin in names.items()}, names)
+        for source, names in _candidates(tensors)
     ]
 
     def fits(found: Found) -> int:
-        return sum(n in own and own[n].shape == w.shape for n, w in found.weights.items())
+        return sum(n in own and fitting(own[n], w) for n, w in found.weights.items())
 
     return max(candidates, key=fits)  # of equals the first
+
+
+def _network(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a training state that is a network's state_dict."""
+    inner = {k: v for k, v in state.items() if isinstance(v, dict) and _tensors(v)}
+    for key in NESTED:
+        if key in inner:
+            return inner[key]
+    if any(value.ndim for value in _tensors(state).values()):
+        return state
+    if len(inner) != 1:
+        keys = ", ".join(repr(key) for key in list(inner or state)[:8])
+        came = "the tensors of several" if inner else "no tensors"
+        raise ValueError(
+            f"it holds {came} under its keys ({keys or 'none'}); expected a state_dict, or a dict "
+            f"with one under {', '.join(repr(key) for key in NESTED)}. Save the state_dict of the "
+            "network that you want, by itself."
+        )
+    return next(iter(inner.values()))
+
+
+def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
 def exported_names(names: Iterable[str], naming: Literal["timm", "torchvision"]) -> list[str]:
@@ -136,10 +164,11 @@ def exported_names(names: Iterable[str], naming: Literal["timm", "torchvision"])
     return names  # which they have already
 
 
-def _candidates(tensors: Iterable[str]) -> Iterator[tuple[str, dict[str, str], bool]]:
-    """Where weights may be from, the file's name of each name, and whether NAMINGS gave those."""
+def _candidates(tensors: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where weights may be from, and the file's name of each name."""
     as_is = {name: name for name in tensors}
-    bare = _unwrapped(as_is)
+    # n_averaged: the counter of torch.optim.swa_utils.AveragedModel, beside the network
+    bare = _unwrapped({INNER_WRAPPERS.sub("", n): n for n in as_is if n != "n_averaged"})
     known = [
         layout
         for layout in LAYOUTS
@@ -147,11 +176,11 @@ def _candidates(tensors: Iterable[str]) -> Iterator[tuple[str, dict[str, str], b
     ]
     within = [(layout.source, _unwrapped(_below(layout.prefix, bare))) for layout in known[:1]]
     for source, names in (*within, ("plain names", bare), ("plain names", as_is)):
-        yield source, names, False
+        yield source, names
         for naming, pairs in NAMINGS.items():
             for rules in (pairs, _reversed(pairs)):
                 renamed = {_translated(n, rules) or n: origin for n, origin in names.items()}
-                yield f"{source}, {naming}", renamed, True
+                yield f"{source}, {naming}", renamed
 
 
 def _below(prefix: str, names: Mapping[str, str]) -> dict[str, str]:

@@ -86,8 +86,9 @@ def read_torch(path: Path, map_location: Any = "cpu", *, foreign: bool = False) 
     seen: set[str] = set()
     while True:  # torch names one class that it does not know at a time
         try:
-            with torch.serialization.safe_globals(inert):
-                state = torch.load(path, map_location=map_location, weights_only=True)
+            # The open file: by its name alone torch takes .safetensors for that format.
+            with torch.serialization.safe_globals(inert), path.open("rb") as file:
+                state = torch.load(file, map_location=map_location, weights_only=True)
             break
         except Exception as error:
             whole = zipfile.is_zipfile(path)  # the index is at the end: a torn file has none
@@ -100,7 +101,14 @@ def read_torch(path: Path, map_location: Any = "cpu", *, foreign: bool = False) 
                     raise unsafe(path, name) from error
                 seen.add(full)
                 inert.append((stand_in, full))
-            elif whole or isinstance(error, PermissionError):
+            elif whole and (kind := _other_archive(path)):
+                raise ValueError(
+                    f"{path} is {kind}; expected a file by torch.save of a state_dict. Save one: "
+                    "torch.save(net.state_dict(), path)."
+                ) from error
+            elif isinstance(error, PermissionError | MemoryError) or (
+                isinstance(error, RuntimeError) and whole and "Stream" not in str(error)
+            ):  # of devices, say
                 raise
             else:
                 raise damaged(path, "a file by torch.save") from error
@@ -109,6 +117,15 @@ def read_torch(path: Path, map_location: Any = "cpu", *, foreign: bool = False) 
             f"{path} holds a {type(state).__name__}; expected a dict. Save one: save(dict(...))."
         )
     return state
+
+
+def _other_archive(path: Path) -> str | None:
+    """What a whole zip file is that torch.save has not written."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "a TorchScript archive"
+    return None if any(n.endswith("/data.pkl") for n in names) else "a zip file of something else"
 
 
 def is_plain_pickle(path: Path) -> bool:

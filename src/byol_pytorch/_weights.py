@@ -4,21 +4,48 @@ How other projects name them is in _layouts.py.
 """
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-# Names that classifiers have where timm's configuration does not say: torchvision, transformers.
+# Names that classifiers have where timm does not say: torchvision, transformers. Distilled DeiTs
+# have two.
 CLASSIFIERS = ("fc", "head", "heads", "classifier")
+DISTILLED = ("head_dist", "cls_classifier", "distillation_classifier")
+# What hangs beside a backbone and not between the images and its representation: the auxiliary
+# classifiers of Inception and VOLO, and the parts that other methods train along.
+BESIDE = re.compile(
+    r"(AuxLogits|aux1|aux2|aux_head|projector|predictor|projection_head|prediction_head|prototypes"
+    r"|decoder(_\w+)?)\..+|decoder_\w+"
+)
+# Counters, masks that follow from the size of the images, tokens for masked images alone
+NO_MATTER = re.compile(r"(.+\.)?(num_batches_tracked|attn_mask|mask_token)")
 STATISTICS = (".running_mean", ".running_var")
-WEIGHTS = (".weight", ".bias")
-FACTS = ("mean", "std", "image_size", "architecture", "padding")
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, and what export_backbone wrote beside them.
+def _numbers(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kind) for v in value)
+
+
+# What export_backbone writes beside the tensors, and whether a value has its form
+FACTS: dict[str, Callable[[Any], bool]] = {
+    "mean": lambda value: _numbers(value, (int, float)),
+    "std": lambda value: _numbers(value, (int, float)),
+    "image_size": lambda value: _numbers(value, int) and len(value) == 2,
+    "architecture": lambda value: isinstance(value, str),
+    "model_args": lambda value: isinstance(value, dict),
+    "padding": lambda value: value == "same",
+}
+
+
+def read_safetensors(
+    path: Path, *, tensors: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and what export_backbone wrote beside them; others' notes are passed over.
 
     Raises ValueError for a file that is no whole safetensors file.
     """
@@ -26,7 +53,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         with safetensors.safe_open(path, "pt") as file:
-            names = file.keys()
+            names = file.keys() if tensors else ()
             weights = {name: file.get_tensor(name) for name in names}
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
@@ -34,25 +61,144 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} ({path.stat().st_size} bytes) is damaged, cut short or no safetensors file; "
             "expected one by export_backbone. Copy it again, or export it again."
         ) from error
-    facts = {name: json.loads(metadata[name]) for name in FACTS if name in metadata}
-    return weights, {n: tuple(v) if isinstance(v, list) else v for n, v in facts.items()}
+    facts = {}
+    for name, has_its_form in FACTS.items():
+        try:
+            value = json.loads(metadata.get(name, "null"))
+        except (ValueError, RecursionError):  # no JSON, or thousands of brackets
+            continue
+        if has_its_form(value):
+            facts[name] = tuple(value) if isinstance(value, list) else value
+    return weights, facts
+
+
+def fitting(own: Tensor, found: Tensor) -> bool:
+    """Whether `found` can be loaded into `own`: integers in place of floats are quantised."""
+    numbers = [x.is_floating_point() or x.is_complex() for x in (own, found)]
+    return own.shape == found.shape and numbers[0] == numbers[1] and not found.is_meta
 
 
 def misfits(
-    net: nn.Module, missing: Iterable[str], unexpected: Iterable[str], *, translated: bool = False
+    net: nn.Module, own: Mapping[str, Tensor], found: Mapping[str, Tensor], loaded: Iterable[str]
 ) -> list[str]:
-    """The names that say that a file is of another backbone than `net`.
+    """The names that say that the file's tensors `found` are of another backbone than `net`.
 
-    Those are parameters and batch statistics missing in the file, and weights of the file inside
-    the network's own children for which it has no place (a deeper variant), anywhere where the
-    names are `translated`; the classifier's are not among them, nor are constant buffers.
+    All that is not `loaded` needs a reason. Missing in the file may be the network's last layer,
+    and buffers that the network computes. Left over may be the file's last layer, what no
+    representation passes through, and buffers that the network computes alike.
     """
-    heads = tuple(f"{head}." for head in (*_heads(net), *(CLASSIFIERS if translated else ())))
-    children = ("",) if translated else tuple(f"{name}." for name, _ in net.named_children())
+    last = last_layers(net)
     parameters = {name for name, _ in net.named_parameters(remove_duplicate=False)}
-    untrained = [n for n in missing if n in parameters or n.endswith(STATISTICS)]
-    homeless = [n for n in unexpected if n.startswith(children) and n.endswith(WEIGHTS)]
-    return [name for name in dict.fromkeys(untrained + homeless) if not name.startswith(heads)]
+    computed = {n: b for n, b in net.named_buffers(remove_duplicate=False) if n not in own}
+    missing = [name for name in own if name not in set(loaded)]
+    left = {name: value for name, value in found.items() if name not in set(loaded)}
+
+    def no_matter(name: str) -> bool:
+        return bool(_is_within(name, last) or NO_MATTER.fullmatch(name) or BESIDE.fullmatch(name))
+
+    def explained(name: str, value: Tensor) -> bool:
+        if name in own or name in computed:  # of another shape, or not stored
+            return name in computed and _equal(computed[name], value)
+        indices = not (value.is_floating_point() or value.is_complex())
+        return indices or name.endswith("relative_coords_table") or _is_classifier(name, found)
+
+    lacking = [n for n in missing if n in parameters or n in left or n.endswith(STATISTICS)]
+    homeless = [n for n, v in left.items() if not no_matter(n) and not explained(n, v)]
+    heads = {n: v for n, v in left.items() if not NO_MATTER.fullmatch(n)}
+    if homeless and _is_a_linear_after_all(heads, own):
+        homeless = []
+    return list(dict.fromkeys([n for n in lacking if not no_matter(n)] + homeless))
+
+
+def last_layers(net: Any) -> tuple[str, ...]:
+    """The names of the modules after the representation: a network's classifier, or several."""
+    names = {id(module): name for name, module in net.named_modules()}
+    if hasattr(net, "forward_head") and hasattr(net, "get_classifier"):  # timm
+        try:
+            heads = net.get_classifier()
+        except AttributeError:  # of a classifier that was built without its inner layer
+            return (str(timm_config(net).get("classifier", "head")).partition(".")[0],)
+        heads = heads if isinstance(heads, tuple | list) else (heads,)
+        return tuple(names[id(head)] for head in heads if id(head) in names)
+    children = dict(net.named_children())
+    last = list(children)[-1:]
+    usual = [name for name in children if name in (*CLASSIFIERS, *DISTILLED)]
+    found: list[str] = []
+    for head in dict.fromkeys(usual + [n for n in last if isinstance(children[n], nn.Linear)]):
+        # What comes before its last layer counts as part of the representation.
+        inner = [m for m in children[head].modules() if m._parameters]
+        weighted = [i for i, m in enumerate(inner) if isinstance(m, nn.Linear | nn.Conv2d)]
+        found += [names[id(m)] for m in inner[weighted[-1] if weighted else len(inner) :]]
+    return tuple(found)
+
+
+def timm_args(net: Any, weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Arguments with which timm.create_model, given the architecture, has a place for `weights`.
+
+    None for a network that is not timm's, or whose other arguments it does not tell.
+    """
+    config = timm_config(net)
+    if "architecture" not in config:
+        return None
+    args: dict[str, Any] = {"num_classes": 0}
+    if any(_is_within(name, last_layers(net)) for name in weights):
+        args["num_classes"] = net.num_classes
+    stem = config.get("first_conv")
+    if isinstance(stem, str) and f"{stem}.weight" in weights:
+        args["in_chans"] = weights[f"{stem}.weight"].shape[1] * net.get_submodule(stem).groups
+    size = getattr(getattr(net, "patch_embed", None), "img_size", None)
+    if size is not None:
+        args["img_size"] = list(size)
+    if args.get("in_chans") == config.get("input_size", (3,))[0]:
+        del args["in_chans"]
+    if args.get("img_size") == list(config.get("input_size", ())[1:]):
+        del args["img_size"]
+    return args if _rebuilds(config["architecture"], args, weights) else None
+
+
+def _rebuilds(name: str, args: Mapping[str, Any], weights: Mapping[str, Tensor]) -> bool:
+    import timm
+
+    try:
+        with torch.device("meta"):
+            built = timm.create_model(name, **args).state_dict()
+    except Exception:  # whatever timm raises: then the arguments stay unknown
+        return False
+    return {n: v.shape for n, v in built.items()} == {n: v.shape for n, v in weights.items()}
+
+
+def without_classifier(
+    net: nn.Module, weights: Mapping[str, Tensor], unreached: Iterable[str]
+) -> dict[str, Tensor]:
+    """The weights without those last layers all of whose parameters are `unreached`."""
+    parameters = {name for name, _ in net.named_parameters()}
+    trained = parameters - set(unreached)
+    heads = [h for h in last_layers(net) if not any(_is_within(name, (h,)) for name in trained)]
+    return {name: value for name, value in weights.items() if not _is_within(name, heads)}
+
+
+def _is_within(name: str, modules: Iterable[str]) -> bool:
+    return name.startswith(tuple(f"{module}." for module in modules if module))
+
+
+def _is_classifier(name: str, found: Iterable[str]) -> bool:
+    """Whether the name is of a head that is one layer in the file."""
+    heads = next((h for h in (CLASSIFIERS, DISTILLED) if name.partition(".")[0] in h), ())
+    layers = {n.rpartition(".")[0] for n in found if n.partition(".")[0] in heads}
+    return heads == DISTILLED or len(layers) == 1
+
+
+def _is_a_linear_after_all(left: Mapping[str, Tensor], own: Iterable[str]) -> bool:
+    """Whether all that is left is one Linear, outside of the network's own children."""
+    layer = next(iter(left), "").rpartition(".")[0]
+    children = {name.partition(".")[0] for name in own}
+    dims = {name.removeprefix(f"{layer}."): value.ndim for name, value in left.items()}
+    return dims == {"weight": 2, "bias": 1} and layer.partition(".")[0] not in children
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and (a.is_meta or torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-5))
 
 
 def unwrapped(module: Any) -> Any:
@@ -66,11 +212,3 @@ def timm_config(net: nn.Module) -> dict[str, Any]:
     """What timm knows of a model, empty for others."""
     config = getattr(net, "default_cfg", None)
     return config if isinstance(config, dict) else {}
-
-
-def _heads(net: nn.Module) -> tuple[str, ...]:
-    if "classifier" in timm_config(net):
-        heads = timm_config(net)["classifier"]  # a name, several, or None
-        return (heads,) if isinstance(heads, str) else tuple(heads or ())
-    last = list(net.named_children())[-1:]
-    return (*CLASSIFIERS, *(name for name, child in last if isinstance(child, nn.Linear)))

@@ -6,25 +6,35 @@ What a training state holds, and when it is saved, is the training script's busi
 import json
 import re
 import warnings
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from byol_pytorch._card import model_card
-from byol_pytorch._files import StrPath, existing, replacing
+from byol_pytorch._files import StrPath, existing, is_safetensors, replacing
 from byol_pytorch._haiku import pads_same, read_deepmind, same_padding
 from byol_pytorch._layouts import Found, exported_names, find_backbone
 from byol_pytorch._pickles import is_plain_pickle, read_torch
-from byol_pytorch._weights import misfits, read_safetensors, timm_config, unwrapped
+from byol_pytorch._weights import (
+    fitting,
+    misfits,
+    read_safetensors,
+    timm_args,
+    timm_config,
+    unwrapped,
+    without_classifier,
+)
 
 __all__ = [
     "LoadedBackbone",
     "export_backbone",
+    "facts",
     "keep_last",
     "load",
     "load_backbone",
@@ -32,7 +42,11 @@ __all__ = [
     "same_padding",
     "save",
 ]
-PLAIN = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)
+PLAIN = (
+    *(type(None), bool, int, float, complex, str, bytes),
+    *(torch.dtype, torch.device, torch.Size, Tensor, nn.Parameter),
+)
+LONGEST = 2039  # bits of an integer that torch reads
 
 
 def save(state: dict[str, Any], path: StrPath) -> None:
@@ -44,21 +58,34 @@ def save(state: dict[str, Any], path: StrPath) -> None:
     should save: under DDP rank 0; sharded states are gathered first (get_state_dict of
     torch.distributed.checkpoint, full_state_dict=True).
 
-    `state` may hold what `load` can read: tensors, numbers, strings, None, and lists, tuples and
-    dicts of those. A best checkpoint beside the last is one more call with another path.
+    `state` may hold what `load` can read: tensors, numbers, strings, None, and lists, tuples, sets,
+    dicts and Counters of those: the states of torch's optimizers, schedules and GradScaler, of
+    Python's and torch's random generators. A best checkpoint beside the last is one more call with
+    another path.
 
-    Raises TypeError, before anything is written, for other values, naming the first; OSError, disk
-    full included, with the old file untouched and no temporary file left.
+    Raises TypeError, before anything is written, for other values, naming the first, ValueError
+    for a state that contains itself; OSError, disk full included, with the old file untouched and
+    no temporary file left.
     """
-    _check_plain(state, "state")
-    with replacing(path) as file:
-        try:
+    try:
+        _check_plain(state, "state")
+        with replacing(path) as file:
             torch.save(state, file)
-        except RuntimeError as error:
-            # torch's writer hides what the disk said behind an error of its own.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+    except RecursionError:
+        raise ValueError(
+            "The state is nested too deep, or contains itself; expected up to a hundred levels of "
+            "dicts, lists and tuples. Leave out what refers back to its owner."
+        ) from None
+    except (KeyError, NotImplementedError) as error:
+        raise TypeError(
+            f"The state holds a tensor that torch cannot write ({error}); expected dense or sparse "
+            "tensors of common types. Convert it: x.to_dense(), x.to(torch.uint8)."
+        ) from error
+    except RuntimeError as error:
+        # torch's writer hides what the disk said behind an error of its own.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def keep_last(folder: StrPath, pattern: str, count: int) -> list[Path]:
@@ -81,7 +108,13 @@ def load(path: StrPath, map_location: Any = "cpu") -> dict[str, Any]:
     Raises FileNotFoundError; ValueError for a file that is damaged, is no checkpoint, or holds
     other objects than tensors, numbers, strings and containers of them.
     """
-    return read_torch(existing(path), map_location)
+    path = existing(path)
+    if is_safetensors(path):
+        raise ValueError(
+            f"{path} is a safetensors file; expected one by save. load_backbone(path, net) loads "
+            "such a file into a network."
+        )
+    return read_torch(path, map_location)
 
 
 def export_backbone(
@@ -93,31 +126,41 @@ def export_backbone(
     image_size: int | tuple[int, int] | None = None,
     naming: Literal["timm", "torchvision"] | None = None,
     card: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a backbone's state_dict as a safetensors file, whole or not at all.
 
     `source` is a BYOL learner (its online network, with the normalisation and the size of its
-    views) or a network; torch.compile's and DDP's wrappers are looked through. The file's metadata
-    hold as JSON `mean` and `std` (one value a channel, of images in [0, 1]), `image_size` (height
-    and width in pixels), `architecture` (timm's name), `padding` ("same" after `same_padding`) and
-    `byol_pytorch` (the version), as far as they are known; arguments go before what the learner
-    says. Values that are no tensors are left out. Of several processes rank 0 writes; a sharded
-    network is gathered, so call this on all.
+    views) or a network; torch.compile's and DDP's wrappers are looked through. A learner's
+    classifier is left out where it does not reach the representation: nothing has trained it. So
+    timm.create_model(..., num_classes=0, checkpoint_path=path) takes the file, and with classes
+    load_backbone does.
+
+    The file's metadata hold as JSON `mean` and `std` (one value a channel, of images in [0, 1]),
+    `image_size` (height and width in pixels), `architecture` (timm's name), `model_args` (for
+    timm.create_model beside the name: those given, else what the network tells if it can be built
+    anew from that), `padding` ("same" after `same_padding`) and `byol_pytorch` (the version), as
+    far as they are known, for `facts` to read; arguments go before what the learner says. Values
+    that are no tensors are left out. Of several processes rank 0 writes; a sharded network is
+    gathered, so call this on all.
 
     `naming` renames a ViT of timm or torchvision to the other's names (their ResNets have the same
     names); without it names stay. `card` says how and on what the network was trained: a model card
     for a hub with it is written as README.md beside the file, its licence left to you.
 
-    Needs safetensors. Raises ValueError for a mean and std that do not go together or a network
-    without such names, FileExistsError for a README.md already there, OSError as `save` does.
+    Needs safetensors. Raises ValueError for a mean and std that do not go together, model_args that
+    are no JSON, or a network without such names, FileExistsError for a README.md already there,
+    OSError as `save` does.
     """
     import safetensors.torch
 
     from byol_pytorch import __version__
 
     net, recorded = unwrapped(source), (None, None, None)
+    unreached: list[str] = []
     if hasattr(net, "ddp_ignored"):  # a learner
         recorded = (*(net.normalisation or (None, None)), net.image_size)
+        unreached = [n.removeprefix("net.").removeprefix("_orig_mod.") for n in net.ddp_ignored()]
         net = unwrapped(net.net)
     if mean is None and std is None:
         mean, std = recorded[:2]
@@ -130,16 +173,25 @@ def export_backbone(
     readme = Path(path).parent / "README.md"
     if card is not None and readme.exists():
         raise FileExistsError(f"{readme} exists; expected none. Move it, or export without card=.")
-    facts = {
+    state = {name: v for name, v in net.state_dict().items() if isinstance(v, Tensor)}
+    if unreached:
+        state = without_classifier(net, state, unreached)
+    notes = {
         "mean": None if mean is None else [float(v) for v in mean],
         "std": None if std is None else [float(v) for v in std],
         "image_size": [size, size] if isinstance(size, int) else size and list(size),
         "architecture": timm_config(net).get("architecture"),
+        "model_args": timm_args(net, state) if model_args is None else dict(model_args),
         "padding": "same" if pads_same(net) else None,
         "byol_pytorch": __version__,
     }
-    metadata = {name: json.dumps(value) for name, value in facts.items() if value is not None}
-    state = {name: v for name, v in net.state_dict().items() if isinstance(v, Tensor)}
+    try:
+        metadata = {name: json.dumps(value) for name, value in notes.items() if value is not None}
+    except TypeError as error:
+        raise ValueError(
+            f"model_args={model_args!r}; expected what JSON holds: numbers, strings, lists, None "
+            f"({error}). Leave out classes and functions, and name them in card=."
+        ) from error
     names = list(state) if naming is None else exported_names(state, naming)
     tensors = {n: _plain_copy(v) for n, v in zip(names, state.values(), strict=True)}
     # The ranks' batch statistics may differ, so not just anyone's file may be the last.
@@ -149,7 +201,18 @@ def export_backbone(
         file.write(safetensors.torch.save(tensors, {"format": "pt", **metadata}))
     if card is not None:
         with replacing(readme) as file:
-            file.write(model_card(Path(path).name, facts, card).encode())
+            file.write(model_card(Path(path).name, notes, card).encode())
+
+
+def facts(path: StrPath) -> dict[str, Any]:
+    """What `export_backbone` wrote beside the tensors, to build the network that they are of.
+
+    Some of mean, std, image_size (tuples), architecture (timm's name), model_args (a dict for
+    timm.create_model) and padding; empty for files of other origin. Reads the header alone. Raises
+    FileNotFoundError; ValueError for a damaged file.
+    """
+    path = existing(path)
+    return read_safetensors(path, tensors=False)[1] if is_safetensors(path) else {}
 
 
 @dataclass(frozen=True)
@@ -166,6 +229,7 @@ class LoadedBackbone:
     std: tuple[float, ...] | None = None
     image_size: tuple[int, int] | None = None  # height, width
     architecture: str | None = None
+    model_args: dict[str, Any] | None = None  # for timm.create_model, beside the architecture
 
 
 def load_backbone(
@@ -177,8 +241,9 @@ def load_backbone(
     timm, and training states, whose online network is taken, of this library, byol-pytorch 0.x,
     MMSelfSup and MMPretrain, lightly, solo-learn and MoCo; and DeepMind's pickles. Nothing that a
     file names is imported or called. Names are translated where theirs differ from the network's:
-    ViTs of torchvision and MMPretrain, numbered ResNets. The classifier may be absent, or of
-    another shape, and then stays as it is; so do constant buffers. In a learner, call
+    ViTs of torchvision and MMPretrain, numbered ResNets. The last layer may be absent, or of
+    another shape, and then stays as it is; so do constant buffers. What the file has beyond the
+    network must be heads, counters or constants. Give `learner.net`, and call
     reset_moving_average() afterwards; load before fully_shard.
 
     DeepMind's networks pad as SAME. `padding="same"` has `net` do so too, by `same_padding`, for
@@ -186,50 +251,119 @@ def load_backbone(
 
     Raises FileNotFoundError; ValueError for a file that cannot be read (see `load`), that wants the
     padding chosen, or that is of another backbone: weights of `net` would stay unset, or the file
-    has layers for which it has no place. Then `net` is as it was.
+    has weights for which it has no place. Then `net` is as it was. Warns where the file's metadata
+    name another architecture of timm with the same weights.
     """
     if padding not in (None, "same", "torch"):
         raise ValueError(f"padding={padding!r}; expected 'same', 'torch' or None.")
     path = existing(path)
     net = unwrapped(net)
-    own = {name: v for name, v in net.state_dict().items() if isinstance(v, Tensor)}
-    facts: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
-        weights, facts = read_safetensors(path)
-        found = find_backbone(weights, own)
-    elif is_plain_pickle(path):
-        weights, origins, facts = read_deepmind(path)
-        found = Found("DeepMind", weights, origins)
-    else:
-        found = find_backbone(read_torch(path, foreign=True), own)
-    fitting = {n: t for n, t in found.weights.items() if n in own and t.shape == own[n].shape}
-    missing = tuple(name for name in own if name not in fitting)
-    unexpected = tuple(name for name in found.weights if name not in fitting)
-    wrong = misfits(net, missing, unexpected, translated=found.translated)
-    if wrong or not fitting:
-        names = (wrong or missing)[:4]
-        shown = "; ".join(_difference(n, own.get(n), found.weights.get(n)) for n in names)
-        known = f", {facts['architecture']!r} by its metadata" if "architecture" in facts else ""
-        raise ValueError(
-            f"{path} does not fit {type(net).__name__} in {len(wrong)} of {len(own)} entries: "
-            f"{shown}{'; and more' if len(wrong) > 4 else ''} (read as {found.source}). "
-            f"Expected the weights of the same architecture{known}. Build the network as it "
-            "was trained (the classifier may differ)."
-        )
-    if facts.pop("padding", None) == "same" and not pads_same(net):
+    own = _own_weights(net)
+    found, notes = _read(path, own)
+    loaded = {n: w for n, w in found.weights.items() if n in own and fitting(own[n], w)}
+    missing = tuple(name for name in own if name not in loaded)
+    unexpected = tuple(name for name in found.weights if name not in loaded)
+    wrong = misfits(net, own, found.weights, loaded)
+    if wrong or not loaded:
+        shown = wrong if loaded else list(missing)
+        raise ValueError(_misfit(path, net, shown, own, found, notes))
+    if notes.get("architecture") != (architecture := timm_config(net).get("architecture")):
+        _warn_of_another(path, notes.get("architecture"), architecture)
+    if notes.pop("padding", None) == "same" and not pads_same(net):
         _choose_padding(path, net, padding)
     if padding == "same":
         same_padding(net)
-    net.load_state_dict(fitting, strict=False)
+    net.load_state_dict(loaded, strict=False)
     return LoadedBackbone(
-        loaded=tuple(fitting),
+        loaded=tuple(loaded),
         missing=missing,
         unexpected=tuple(found.origins[name] for name in unexpected),
-        renamed=tuple((found.origins[n], n) for n in fitting if found.origins[n] != n),
+        renamed=tuple((found.origins[n], n) for n in loaded if found.origins[n] != n),
         source=found.source,
         padding="same" if pads_same(net) else "torch",
-        **facts,
+        **notes,
     )
+
+
+def _own_weights(net: nn.Module) -> dict[str, Tensor]:
+    if hasattr(net, "ddp_ignored"):
+        raise ValueError(
+            "The network given is a BYOL learner; expected its backbone. Call "
+            "load_backbone(path, learner.net), then learner.reset_moving_average()."
+        )
+    own = {name: v for name, v in net.state_dict().items() if isinstance(v, Tensor)}
+    for name, value in own.items():
+        if is_lazy(value):
+            raise ValueError(
+                f"{name} of {type(net).__name__} has no shape yet; expected a network without "
+                "lazy layers left. Call it once on a batch, then load."
+            )
+        if hasattr(value, "full_tensor"):
+            raise ValueError(
+                f"{name} of {type(net).__name__} is sharded; expected whole weights. Load before "
+                "fully_shard."
+            )
+    return own
+
+
+def _read(path: Path, own: dict[str, Tensor]) -> tuple[Found, dict[str, Any]]:
+    notes: dict[str, Any] = {}
+    if is_safetensors(path):  # first: its header's length may begin as a pickle does
+        state, notes = read_safetensors(path)
+    elif is_plain_pickle(path):
+        weights, origins, notes = read_deepmind(path)
+        return Found("DeepMind", weights, origins), notes
+    else:
+        state = read_torch(path, foreign=True)
+    try:
+        return find_backbone(state, own), notes
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of one network: {error}") from None
+
+
+def _misfit(
+    path: Path,
+    net: nn.Module,
+    wrong: list[str],
+    own: dict[str, Tensor],
+    found: Found,
+    notes: dict[str, Any],
+) -> str:
+    def shown(value: Tensor | None) -> str:
+        if value is None:
+            return "absent"
+        kind = "" if value.is_floating_point() else f" {value.dtype}".replace("torch.", "")
+        return f"{tuple(value.shape)}{kind}{' without values' if value.is_meta else ''}"
+
+    each = "; ".join(
+        f"{name} is {shown(own.get(name))} in the network, {shown(found.weights.get(name))} in "
+        "the file"
+        for name in wrong[:4]
+    )
+    known = f", {notes['architecture']!r} by its metadata" if "architecture" in notes else ""
+    if not any(name in own for name in found.weights):
+        mend = f"No name is the same: the file has {', '.join(list(found.origins.values())[:3])}."
+    elif all(re.search("pos|coords", n) and n in own and n in found.weights for n in wrong):
+        mend = "Tables of positions have the size of the images (or windows) that they were "
+        mend += "trained with: build the network for that (timm: img_size=), and resize afterwards."
+    else:
+        mend = "Build the network as it was trained (its last layer may differ), load, and take "
+        mend += "layers off or replace them afterwards."
+    return (
+        f"{path} does not fit {type(net).__name__} in {len(wrong)} of {len(own)} entries: {each}"
+        f"{'; and more' if len(wrong) > 4 else ''} (read as {found.source}). Expected the weights "
+        f"of the same architecture{known}. {mend}"
+    )
+
+
+def _warn_of_another(path: Path, there: str | None, here: str | None) -> None:
+    if there is not None and here is not None:
+        warnings.warn(
+            f"{path} is of {there!r} by its metadata, and the network is {here!r}: all names and "
+            "shapes fit, but what has no weights (activations, padding, blur) may differ, and then "
+            f"the features do. Build {there!r} to be sure.",
+            stacklevel=3,
+        )
 
 
 def _choose_padding(path: Path, net: nn.Module, padding: str | None) -> None:
@@ -250,25 +384,30 @@ def _choose_padding(path: Path, net: nn.Module, padding: str | None) -> None:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    if type(value) in (dict, OrderedDict):
+    kind = type(value)
+    if kind in (dict, OrderedDict, Counter):
         for key, item in value.items():
             _check_plain(key, f"a key of {where}")
             _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
+    elif kind in (list, tuple, set):
         for index, item in enumerate(value):
             _check_plain(item, f"{where}[{index}]")
-    elif hasattr(value, "full_tensor") or not (type(value) in PLAIN or isinstance(value, Tensor)):
-        raise TypeError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}; expected tensors, "
-            "numbers, strings, None, and lists, tuples and dicts of those, which load() can read "
-            "without running code. Convert it: vars(x), str(x), float(x), torch.as_tensor(x), or "
-            "x.full_tensor() of a sharded tensor."
-        )
+    elif kind not in PLAIN or hasattr(value, "full_tensor"):
+        raise _not_plain(where, f"a {kind.__module__}.{kind.__qualname__}")
+    elif (value == b"" and kind is bytes) or (kind is int and value.bit_length() > LONGEST):
+        raise _not_plain(where, f"{'empty bytes' if value == b'' else 'a very long integer'}")
+    # Tensors and OrderedDicts are pickled with what has been set on them.
+    for name, item in getattr(value, "__dict__", {}).items():
+        _check_plain(item, f"{where}.{name}")
 
 
-def _difference(name: str, own: Tensor | None, found: Tensor | None) -> str:
-    here, there = ("absent" if x is None else str(tuple(x.shape)) for x in (own, found))
-    return f"{name} is {here} in the network, {there} in the file"
+def _not_plain(where: str, came: str) -> TypeError:
+    return TypeError(
+        f"{where} is {came}; expected tensors, numbers, strings, None, and lists, tuples, sets and "
+        "dicts of those, which load() can read without running code. Convert it: dict(x), list(x), "
+        "vars(x), str(x), x.item(), torch.as_tensor(x), x.as_subclass(torch.Tensor) of a subclass "
+        "of tensors, or x.full_tensor() of a sharded tensor."
+    )
 
 
 def _plain_copy(value: Any) -> Tensor:
