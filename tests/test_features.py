@@ -486,3 +486,10 @@ def test_two_processes_refuse_what_would_count_samples_twice_or_not_at_all(two):
 def test_in_one_process_the_shard_is_the_data_set():
     data = TensorDataset(IMAGES)
     assert shard(data) is data
+
+
+def test_float64_images_pass_a_network_under_autocast() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    found, _ = extract_features(net, [(images, torch.arange(4))], dtype=torch.bfloat16)
+    torch.testing.assert_close(found, net(images.float()), rtol=2e-2, atol=2e-2)

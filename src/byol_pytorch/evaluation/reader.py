@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byol_pytorch.inputs import as_dtype
+from byol_pytorch.inputs import for_network
 from byol_pytorch.locate import locate
 from byol_pytorch.pooling import checked
 from byol_pytorch.probe import rebuild, tensors
@@ -159,18 +159,15 @@ def _found(net: nn.Module, images: Any, dtype: torch.dtype) -> Callable[[Any], T
             "as it was trained with. Do that in the loader, or pass the BYOL learner, which does."
         )
 
-    def in_dtype(inputs: Any) -> Any:
-        cast = torch.is_autocast_enabled(tensors(inputs)[0].device.type)
-        return inputs if cast else as_dtype(inputs, dtype)
-
+    two = rebuild(images, iter([x[:2] for x in some]))
     try:
-        source = locate(net, in_dtype(rebuild(images, iter([x[:2] for x in some]))), "auto", "auto")
+        source = locate(net, for_network(two, dtype), "auto", "auto")
     except ValueError as error:
         raise ValueError(
             f"{error} Here that means: pass a callable that gives (B, D) in place of the network."
         ) from error
     representation = Representation(net, source.source)
-    return lambda inputs: representation(net, in_dtype(inputs))
+    return lambda inputs: representation(net, for_network(inputs, dtype))
 
 
 def _find_layers(net: nn.Module | None, stages: Mapping[str, str]) -> dict[str, nn.Module]:
