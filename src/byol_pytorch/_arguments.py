@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from byol_pytorch.probe import tensors
-
 
 def check_sizes(sizes: Mapping[str, Any], temperature: Any) -> None:
     """Raise ValueError unless the widths of the heads are counts, and the temperature above 0."""
@@ -47,24 +45,6 @@ def check_augmentations(augment_fn: Any, augment_fn2: Any) -> None:
                 "view, or None. A pair of them, as byol_views gives, goes in as augment_fn=first, "
                 "augment_fn2=second."
             )
-
-
-def check_example(example: Any) -> None:
-    """Raise TypeError for an example_input without tensors, ValueError for one without a batch."""
-    if example is None:
-        return
-    held = tensors(example)
-    if not held:
-        raise TypeError(
-            f"example_input is a {type(example).__name__} without tensors; expected a tensor, or "
-            "a flat tuple or mapping of tensors, batch first. Convert arrays by torch.from_numpy."
-        )
-    if any(x.ndim == 0 or x.shape[0] == 0 for x in held):
-        shapes = ", ".join(str(tuple(x.shape)) for x in held)
-        raise ValueError(
-            f"example_input has shape {shapes}; expected at least 1 sample in axis 0 of each "
-            "tensor. Put a batch axis in front: x[None]."
-        )
 
 
 def check_hidden_layer(hidden_layer: Any) -> None:

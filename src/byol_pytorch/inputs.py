@@ -241,6 +241,24 @@ def check_image_size(image_size: Any, example_input: Any) -> tuple[int, int] | N
     return _view_checks.size(image_size)
 
 
+def check_example(example: Any) -> None:
+    """Raise TypeError for an example_input without tensors, ValueError for one without a batch."""
+    if example is None:
+        return
+    held = tensors(example)
+    if not held:
+        raise TypeError(
+            f"example_input is a {type(example).__name__} without tensors; expected a tensor, or "
+            "a flat tuple or mapping of tensors, batch first. Convert arrays by torch.from_numpy."
+        )
+    if any(x.ndim == 0 or x.shape[0] == 0 for x in held):
+        shapes = ", ".join(str(tuple(x.shape)) for x in held)
+        raise ValueError(
+            f"example_input has shape {shapes}; expected at least 1 sample in axis 0 of each "
+            "tensor. Put a batch axis in front: x[None]."
+        )
+
+
 def check_decay(decay: Any, total_steps: Any) -> None:
     """Raise ValueError unless the decay is in [0, 1] and total_steps None or at least 1."""
     if not is_number(decay) or not 0 <= decay <= 1:

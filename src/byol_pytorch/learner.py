@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from byol_pytorch._arguments import (
     check_augmentations,
-    check_example,
     check_flags,
     check_hidden_layer,
     check_sizes,
@@ -27,6 +26,7 @@ from byol_pytorch.inputs import (
     check_batch,
     check_decay,
     check_diagnosed,
+    check_example,
     check_image_size,
     check_network,
     concatenated,
