@@ -274,7 +274,7 @@ def _difference(name: str, own: Tensor | None, found: Tensor | None) -> str:
 def _plain_copy(value: Any) -> Tensor:
     # Contiguous and of its own memory: safetensors takes neither shared nor strided tensors.
     whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return torch.empty(whole.shape, dtype=whole.dtype).copy_(whole.detach())
+    return torch.empty(whole.shape, dtype=whole.dtype, device="cpu").copy_(whole.detach())
 
 
 def _numbered(file: Path) -> list[tuple[int, str]]:

@@ -202,7 +202,7 @@ def _labels(truth: Any, count: int, start: int, before: bool) -> list[Tensor]:
         )
     if truth is None:
         return []
-    labels = torch.as_tensor(truth).cpu()
+    labels = torch.as_tensor(truth, device="cpu")
     if len(labels) != count or labels.ndim not in (1, 2):
         raise ValueError(
             f"The batch from sample {start} on has labels {tuple(labels.shape)} and {count} "

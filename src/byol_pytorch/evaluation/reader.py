@@ -101,6 +101,11 @@ class FeatureReader:
         images: Any,
         stages: Mapping[str, str] | None = None,
     ) -> None:
+        if not (stages is None or isinstance(stages, Mapping)):
+            raise TypeError(
+                f"stages is a {type(stages).__name__}; expected a mapping from names of features "
+                "to layers. Give resnet_stages(net), or {'feature4': 'layer3'}."
+            )
         self.stages = None if stages is None else dict(stages)
         self._net = _network(model) if isinstance(model, nn.Module) else None
         self._read = model
