@@ -46,7 +46,7 @@ class Layout:
         if self.shape is None and (isinstance(images, Tensor) or not tensors(images)):
             raise TypeError(
                 f"{what} are a {type(images).__name__}; expected the structure of example_input, "
-                "a tuple or a mapping of tensors."
+                "a tuple or a mapping of tensors. Build them as example_input is built."
             )
         for x in tensors(images):
             self._check_tensor(x, what)
@@ -65,15 +65,18 @@ class Layout:
             )
         if x.ndim and x.shape[0] == 0:
             raise ValueError(
-                f"{what} have shape {came}, an empty batch; expected at least 1 image."
+                f"{what} have shape {came}, an empty batch; expected at least 1 image. Leave "
+                "empty batches out: if not len(images): continue."
             )
         if self.shape is None:
             return
         if x.ndim != len(self.shape):
-            hint = (
-                " A single image goes in as images[None]." if x.ndim == len(self.shape) - 1 else ""
-            )
-            raise ValueError(f"{what} have shape {came}; expected {self._expected()}.{hint}")
+            hint = "Shape them so, or build BYOL with an example_input of their shape."
+            if x.ndim == len(self.shape) - 1:
+                hint = "A single image goes in as images[None]."
+            elif x.ndim == len(self.shape) + 1:
+                hint = "Several images a sample go in as images.flatten(0, 1), in one batch."
+            raise ValueError(f"{what} have shape {came}; expected {self._expected()}. {hint}")
         if x.ndim > 1 and x.shape[1] != self.channels:
             last = x.ndim == 4 and x.shape[-1] == self.channels
             hint = (

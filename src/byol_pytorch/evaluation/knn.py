@@ -68,7 +68,7 @@ def knn_accuracy(
     if bool((bank_labels == bank_labels[0]).all()):
         raise ValueError(
             f"All {len(bank)} samples of the bank have label {int(bank_labels[0])}; expected two "
-            "classes or more, for an accuracy over one says nothing."
+            "classes or more, for an accuracy over one says nothing. Look at how labels are read."
         )
     ranked = _vote(bank, bank_labels, queries, ks, temperature, top, device)
     hits = [(ranked[each] == truth.to(ranked[each])[:, None]).any(1).sum() for each in ks]
@@ -202,7 +202,8 @@ def _checked_labels(labels: Tensor, rows: Tensor, name: str, of: str) -> Tensor:
         )
     if len(labels) != len(rows):
         raise ValueError(
-            f"{name} holds {len(labels)} labels and {of} {len(rows)} samples; expected as many."
+            f"{name} holds {len(labels)} labels and {of} {len(rows)} samples; expected as many. "
+            "Give those that extract_features returned together."
         )
     if int(labels.min()) < 0:
         number = int((labels < 0).int().argmax())

@@ -280,13 +280,22 @@ def _check(train: Any, labels: Tensor, test: Any, test_labels: Tensor, count: in
     for part, features, truth in (("train", train, labels), ("test", test, test_labels)):
         counts = {name: len(x) for name, x in features.items()}
         if not len(truth) or set(counts.values()) != {len(truth)}:
-            raise ValueError(f"{part}: {len(truth)} labels of {counts} features; expected as many.")
+            raise ValueError(
+                f"{part}: {len(truth)} labels of {counts} features; expected as many. Give those "
+                "that extract_features returned together."
+            )
         if truth.ndim != 1 or truth.is_floating_point():
-            raise ValueError(f"{part} labels are {truth.dtype} {truth.shape}; expected integers.")
+            raise ValueError(
+                f"{part} labels are {truth.dtype} {tuple(truth.shape)}; expected integers (N,), "
+                "one class an image. Several labels an image are for svm_map."
+            )
         _check_finite(features, part)
-    shapes, others = ({name: x.shape[1:] for name, x in f.items()} for f in (train, test))
+    shapes, others = ({name: tuple(x.shape[1:]) for name, x in f.items()} for f in (train, test))
     if shapes != others:
-        raise ValueError(f"train has features {shapes}, test {others}; expected the same.")
+        raise ValueError(
+            f"train has features {shapes}, test {others}; expected the same. Extract both with one "
+            "network and the same stages."
+        )
     if count is not None and not is_count(count):
         raise ValueError(
             f"num_classes={count!r}; expected an int of at least 1. Leave it out for the largest "
@@ -296,9 +305,15 @@ def _check(train: Any, labels: Tensor, test: Any, test_labels: Tensor, count: in
     _check_range(labels, count)
     unseen = sorted(set(test_labels.tolist()) - set(labels.tolist()))
     if unseen:
-        raise ValueError(f"no training image of classes {unseen[:5]}, which test has. Add some.")
+        raise ValueError(
+            f"no training image of classes {unseen[:5]}, which test has; expected each of its "
+            "classes. Add some, or leave those test images out."
+        )
     if len(labels.unique()) == 1:
-        raise ValueError("all training labels are the same class; expected two classes or more.")
+        raise ValueError(
+            f"all training labels are the same class, {int(labels[0])}; expected two classes or "
+            "more. Look at how the labels are read."
+        )
     return count
 
 
@@ -315,6 +330,6 @@ def _check_finite(features: Mapping[str, Tensor], where: str) -> None:
     for name, x in features.items():
         if not all(part.isfinite().all() for part in x.split(4096)):
             raise ValueError(
-                f"values of the features {name!r} of {where} are not finite. Look for a damaged "
-                "checkpoint, or take the features in float32."
+                f"values of the features {name!r} of {where} are not finite; expected finite ones. "
+                "Look for a damaged checkpoint, or take the features in float32."
             )

@@ -144,7 +144,8 @@ def check_features(bank: Tensor, queries: Tensor | None) -> None:
         if not len(rows) or rows.shape[1] != bank.shape[1]:
             raise ValueError(
                 f"{name} is {tuple(rows.shape)} and bank {tuple(bank.shape)}; expected at least "
-                "one sample each, and as many values a sample in both."
+                "one sample each, and as many values a sample in both. Extract them with one "
+                "network."
             )
         for start, part in enumerate(rows.split(_BANK_ROWS)):
             # A norm is not finite where one of its values is not.

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from byol_pytorch.inputs import for_network
 from byol_pytorch.locate import locate
-from byol_pytorch.pooling import checked
 from byol_pytorch.probe import rebuild, tensors
 from byol_pytorch.representation import Representation, uncompiled
 
@@ -118,10 +117,10 @@ class FeatureReader:
 
     def __call__(self, images: Any) -> Features:
         if self.stages is None:
-            return checked(self._read(images), "the model")
+            return self._vectors(images)
         maps: dict[str, list[Tensor]] = {name: [] for name in self.stages}
         with _tapped(self._layers, maps):
-            representation = checked(self._read(images), "the model")
+            representation = self._vectors(images)
         for name, found in maps.items():
             if len(found) != 1:
                 raise ValueError(
@@ -130,6 +129,16 @@ class FeatureReader:
                     "be given as it was before."
                 )
         return {POOLED: representation} | {name: found[0] for name, found in maps.items()}
+
+    def _vectors(self, images: Any) -> Tensor:
+        x: Any = self._read(images)
+        if not isinstance(x, Tensor) or x.ndim != 2:
+            came = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(
+                f"The model gives {came}; expected features (B, D). Let it pool them, for example "
+                "lambda images: net(images).mean((2, 3)) of maps."
+            )
+        return x
 
 
 def _is_learner(model: Any) -> bool:
@@ -180,8 +189,8 @@ def _find_layers(net: nn.Module | None, stages: Mapping[str, str]) -> dict[str, 
         return {}
     if net is None or POOLED in stages:
         raise ValueError(
-            f"stages names layers of a network, and {POOLED!r} is the representation's name. Give "
-            "a network, and other names."
+            f"stages={dict(stages)}; expected layers of a network by names other than {POOLED!r}, "
+            "which is the representation's. Give a network, not a function, and other names."
         )
     layers = dict(net.named_modules(remove_duplicate=False))
     for name, layer in stages.items():
@@ -189,7 +198,7 @@ def _find_layers(net: nn.Module | None, stages: Mapping[str, str]) -> dict[str, 
             near = difflib.get_close_matches(layer, layers, n=5, cutoff=0.3) or list(layers)[1:8]
             raise ValueError(
                 f"stages[{name!r}] is {layer!r}, which is no layer of {type(net).__name__}. "
-                f"Nearest names: {', '.join(near)}."
+                f"Nearest names: {', '.join(near)}. Give one of them."
             )
     return {name: layers[layer] for name, layer in stages.items()}
 
