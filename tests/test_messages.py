@@ -8,7 +8,6 @@ After a change of wording, or a new case, look at the diff of
 
 import ast
 import functools
-import gc
 import json
 import pickle
 import re
@@ -169,8 +168,8 @@ def of_two(call: Callable[[], Any], counts: tuple[int, ...] = (3, 1)) -> Any:
         into[:] = counts
 
     with (
-        mock.patch.object(_rows, "process", lambda: (0, 2)),
-        mock.patch.object(features, "process", lambda: (0, 2)),
+        mock.patch.object(_rows, "process", return_value=(0, 2)),
+        mock.patch.object(features, "process", return_value=(0, 2)),
         mock.patch.object(_rows.dist, "all_gather_object", gather),
     ):
         return call()
@@ -474,7 +473,6 @@ def outcome(key: str) -> Outcome:
             while cause is not None:
                 reached |= _inside(cause.__traceback__)
                 cause = cause.__cause__ or cause.__context__
-        gc.collect()
         text = "\n".join(said).replace(folder, "FOLDER")
     text = re.sub(r"0x[0-9a-f]{6,}", "0x...", text)
     return Outcome(text, frozenset(reached))
