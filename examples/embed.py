@@ -14,6 +14,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import openmp  # noqa: F401, before torch
+
+# isort: split
+
 import numpy as np
 import torch
 from evaluation_parts import (

@@ -12,6 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401, before torch
+
+# isort: split
+
 import numpy as np
 import torch
 import torch.distributed as dist

@@ -13,6 +13,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401, before torch
+
+# isort: split
+
 import torch
 from evaluation_data import (
     Watched,

@@ -14,6 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import openmp  # noqa: F401, before torch
+
+# isort: split
+
 import numpy as np
 import torch
 from evaluation_data import open_images

@@ -15,6 +15,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401, before torch
+
+# isort: split
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

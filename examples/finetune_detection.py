@@ -18,6 +18,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import openmp  # noqa: F401, before torch
+
+# isort: split
+
 import torch
 import torch.distributed as dist
 from detection_data import (

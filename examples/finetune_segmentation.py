@@ -18,6 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401, before torch
+
+# isort: split
+
 import numpy as np
 import torch
 import torch.distributed as dist

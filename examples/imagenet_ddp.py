@@ -19,6 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import openmp  # noqa: F401, before torch
+
+# isort: split
+
 import timm
 import torch
 import torch.distributed as dist

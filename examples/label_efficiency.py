@@ -14,6 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import openmp  # noqa: F401, before torch
+
+# isort: split
+
 import finetune_classification
 import torch
 from evaluation_data import balanced, open_images

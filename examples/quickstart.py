@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import openmp  # noqa: F401, before torch
+
+# isort: split
+
 import quickstart_report as report
 import timm
 import torch

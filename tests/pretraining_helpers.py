@@ -35,7 +35,8 @@ DEADLINE = 60.0
 
 # 24 images, 3 steps an epoch, 12 steps.
 TINY = (
-    *("--model", "resnet10t", "--model-args", '{"channels": [8, 8, 16, 16], "drop_path_rate": 0.3}'),
+    *("--model", "resnet10t"),
+    *("--model-args", '{"channels": [8, 8, 16, 16], "drop_path_rate": 0.3}'),
     *("--image-size", 32, "--batch-size", 8, "--epochs", 4, "--warmup-epochs", 1, "--lr", 0.2),
     *("--projection-size", 8, "--projection-hidden-size", 16, "--workers", 0, "--device", "cpu"),
     *("--log-every", 1, "--health-every", 4, "--knn-every", 0, "--save-every", 2),

@@ -1,6 +1,7 @@
-"""The two view distributions: what is drawn, whole views against stock kornia, and the container."""
+"""The two view distributions: what is drawn, whole views against stock kornia, the container."""
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
@@ -8,7 +9,6 @@ import warnings
 
 import kornia
 import kornia.augmentation as K
-import math
 import numpy as np
 import pytest
 import torch
@@ -101,14 +101,16 @@ def test_crop_boxes_are_distributed_as_torchvisions(size: tuple[int, int]) -> No
     assert (left >= 0).all()
     assert (top + h <= height).all()
     assert (left + w <= width).all()
-    for of in (
+    for figure in (
         lambda b: (b[:, 2] * b[:, 3]) / (height * width),
         lambda b: (b[:, 3] / b[:, 2]).log(),
         lambda b: b[:, 0].float(),
         lambda b: b[:, 1].float(),
         lambda b: b[:, 0] / (height - b[:, 2]).clamp(min=1),
     ):
-        assert kolmogorov_smirnov(of(drawn), of(expected)) < 0.035  # its 99.9 % point is 0.0356
+        assert (
+            kolmogorov_smirnov(figure(drawn), figure(expected)) < 0.035
+        )  # its 99.9 % point is 0.0356
 
 
 def kolmogorov_smirnov(a: Tensor, b: Tensor) -> float:
@@ -189,7 +191,10 @@ def test_draws_of_a_global_batch_are_cut_for_its_parts() -> None:
 def test_draws_do_not_follow_a_cast_to_a_narrow_type() -> None:
     view = byol_views(32)[1].to(torch.bfloat16)
     params = view.forward_parameters(many(2000))
-    for draws in (of(params, "ColorJitter")["hue_factor"], of(params, "RandomGaussianBlur")["sigma"]):
+    for draws in (
+        of(params, "ColorJitter")["hue_factor"],
+        of(params, "RandomGaussianBlur")["sigma"],
+    ):
         assert draws.dtype == torch.float32
         assert len(draws.unique()) > 1900
     assert view(photographs()).dtype == torch.float32

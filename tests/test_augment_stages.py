@@ -103,9 +103,7 @@ def test_turns_have_the_asked_rate_and_fit_the_view() -> None:
 def test_quarter_turns_turn_as_stock_kornias() -> None:
     images = small_photographs(25, 25) / 255
     ours, stock = stages.RandomRotation90((1, 3), p=1.0), K.RandomRotation90((1, 3), p=1.0)
-    torch.testing.assert_close(
-        ours(images), stock(images, params=ours._params), atol=1e-4, rtol=0
-    )
+    torch.testing.assert_close(ours(images), stock(images, params=ours._params), atol=1e-4, rtol=0)
 
 
 # Colour, blur, solarize, normalisation

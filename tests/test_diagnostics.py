@@ -60,3 +60,33 @@ def test_diagnostics_see_a_collapsed_network():
     healthy = learner.diagnostics(images)["feature_std"]
     nn.init.zeros_(learner.net[0].weight)
     assert learner.diagnostics(images)["feature_std"] < 1e-3 * healthy
+
+
+def diverged(value: float) -> BYOL:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    learner = BYOL(net, 16, projection_size=8, projection_hidden_size=16)
+    with torch.no_grad():
+        for layer in (learner.projector[-1], learner.target.projector[-1]):
+            layer.weight.mul_(value)
+    return learner
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_diagnostics_of_a_diverged_network_are_nan(value):
+    learner = diverged(value)
+    figures = learner.diagnostics(torch.rand(12, 3, 16, 16))
+    assert all(math.isnan(figures[k]) for k in ("feature_std", "effective_rank", "agreement"))
+    assert figures["ema_decay"] == learner.moving_average_decay
+
+
+def test_diagnostics_of_a_network_about_to_overflow_are_not_those_of_a_collapse():
+    images = torch.rand(12, 3, 16, 16)
+    healthy, large = diverged(1.0).diagnostics(images), diverged(1e25).diagnostics(images)
+    assert large["feature_std"] > 0.1 * healthy["feature_std"] > 0
+    assert abs(large["agreement"]) > 1e-3
+    assert 1 <= large["effective_rank"] <= 8
+
+
+def test_diagnostics_of_one_image_are_an_error():
+    with pytest.raises(ValueError, match=r"got 1 image, .*; expected at least 2\. Give it some"):
+        diverged(1.0).diagnostics(torch.rand(1, 3, 16, 16))

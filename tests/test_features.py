@@ -363,12 +363,12 @@ TWO = IMAGES[:2]
         (nn.Flatten(), [TWO, (TWO, LABELS[:2])], {}, "labels with some batches only"),
         (nn.Flatten(), [(TWO, LABELS[:2], 3)], {}, "3 things at once"),
         (nn.Flatten(), [TWO], {"dtype": torch.float64}, "dtype=torch.float64"),
-        (lambda x: x, [TWO], {}, r"the model is \(2, 3, 32, 32\)"),
+        (lambda x: x, [TWO], {}, r"The model gives \(2, 3, 32, 32\)"),
         (lambda x: x.flatten(1), [TWO], {"stages": {"a": "0"}}, "Give a network"),
         (small_net(), [(255 * TWO).to(torch.uint8)], {}, "uint8 images to Sequential"),
         (small_net(), [TWO], {"device": "meta"}, "device is meta and the network on cpu"),
         (small_net(), [TWO], {"stages": {"a": "conv1"}}, "'conv1', which is no layer"),
-        (small_net(), [TWO], {"stages": {"pooled": "0"}}, "'pooled' is the representation's name"),
+        (small_net(), [TWO], {"stages": {"pooled": "0"}}, "by names other than 'pooled'"),
         (small_net(), [TWO], {"stages": {"a": "5"}}, r"gives \(2, 4\); expected a map"),
     ],
 )  # fmt: skip
@@ -486,3 +486,10 @@ def test_two_processes_refuse_what_would_count_samples_twice_or_not_at_all(two):
 def test_in_one_process_the_shard_is_the_data_set():
     data = TensorDataset(IMAGES)
     assert shard(data) is data
+
+
+def test_float64_images_pass_a_network_under_autocast() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    found, _ = extract_features(net, [(images, torch.arange(4))], dtype=torch.bfloat16)
+    torch.testing.assert_close(found, net(images.float()), rtol=2e-2, atol=2e-2)

@@ -253,7 +253,7 @@ def with_nan(number: int) -> Tensor:
         ((BANK, LABELS, BANK, LABELS), {"k": 31}, "k=31; expected 1 to 30, .* 30 samples"),
         ((BANK, LABELS), {"k": (5, 30)}, "k=30; expected 1 to 29, .* 30 samples"),
         ((BANK, LABELS), {"k": 0}, "k=0"),
-        ((BANK, LABELS), {"k": ()}, "k is empty"),
+        ((BANK, LABELS), {"k": ()}, r"k=\(\); expected a number of neighbours"),
         ((with_nan(17), LABELS), {}, "bank holds NaN.* sample 17"),
         ((BANK, LABELS, with_nan(3), LABELS), {}, "queries holds NaN.* sample 3"),
         ((BANK / 0, LABELS), {}, "NaN or infinite"),

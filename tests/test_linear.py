@@ -444,7 +444,7 @@ def bad(**changes: Tensor | dict) -> dict:
         (bad(test_features=torch.full((9, 6), torch.inf)), "'pooled' of test are not finite"),
         (bad(test_features=torch.zeros(9, 5)), "expected the same"),
         (bad(test_features={"feature1": torch.zeros(9, 6)}), "expected the same"),
-        (bad(held_out=1.5), "test_size"),
+        (bad(held_out=1.5), r"held_out=1\.5; expected the part"),
     ],
 )
 def test_wrong_features_and_labels_are_refused(inputs: dict, sentence: str) -> None:

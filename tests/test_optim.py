@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -159,7 +160,7 @@ def test_lars_goes_on_from_its_state_dict_bit_for_bit(dtype: torch.dtype, tmp_pa
     "bad",
     [
         {"lr": -0.1}, {"lr": math.nan}, {"lr": "0.1"}, {"momentum": 1.0}, {"momentum": -0.1},
-        {"weight_decay": -1e-6}, {"trust_coefficient": math.inf},
+        {"weight_decay": -1e-6}, {"trust_coefficient": math.inf}, {"lr": True}, {"momentum": None},
     ],
 )  # fmt: skip
 def test_lars_names_a_bad_setting_also_of_a_group(bad: dict[str, float]) -> None:
@@ -230,6 +231,89 @@ def test_param_groups_see_through_torch_compile(inside: bool) -> None:
     assert [len(group["params"]) for group in given] == plain
 
 
+class RMSNorm(nn.Module):
+    """As in Hugging Face's models: no subclass of torch's. Here over all of (C, H, W)."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.square().mean((1, 2, 3), keepdim=True).add(1e-6).rsqrt() * self.weight
+
+
+class ForeignNorm(RMSNorm):
+    pass
+
+
+class Affine(nn.Module):
+    """torchvision's layer_scale, a weight of one output, and a bias with several axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.position_bias = nn.Parameter(torch.zeros(8, 14, 14))
+        self.gate = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.layer_scale + self.position_bias
+        return x * self.gate(x.mean((2, 3)))[..., None, None]
+
+
+class Normalised(nn.Module):
+    """A network whose own name is that of a norm."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 16))
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.table[..., None]
+        return self.norm(self.conv(x)).mean((2, 3))
+
+
+class NormFreeNet(Normalised):
+    pass
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm([8, 14, 14]), nn.RMSNorm([8, 14, 14]), ForeignNorm(8, 14, 14),
+        nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True), timm.layers.BatchNormAct2d(8),
+        timm.layers.LayerNorm2d(8), timm.layers.RmsNorm2d(8),
+        timm.layers.grn.GlobalResponseNorm(8, channels_last=False),
+    ],
+    ids=lambda norm: type(norm).__name__,
+)  # fmt: skip
+def test_param_groups_know_a_norm_by_its_type(norm: nn.Module) -> None:
+    learner = learner_of(NormFreeNet(norm))
+    weights, rest = (names_in(learner, g) for g in param_groups(learner, 0.1))
+    assert {n for n in weights if n.startswith("net.")} == {"net.table", "net.conv.weight"}
+    assert {f"net.norm.{n}" for n, _ in norm.named_parameters()} <= rest
+
+
+def test_param_groups_know_scales_biases_and_weights_by_their_part_not_their_axes() -> None:
+    learner = learner_of(Normalised(Affine()))
+    weights, rest = (names_in(learner, g) for g in param_groups(learner, 0.1))
+    assert {"net.norm.gate.weight", "net.conv.weight", "net.table"} <= weights
+    assert {"net.norm.layer_scale", "net.norm.position_bias", "net.norm.gate.bias"} <= rest
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_param_groups_leave_out_of_decay_what_timm_names(inside: bool, compiled: bool) -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    net: nn.Module = nn.Sequential(vit, nn.Linear(192, 6)) if inside else vit
+    learner = learner_of(torch.compile(net) if compiled else net, 32)
+    weights, rest = (names_in(learner, g) for g in param_groups(learner, 0.1))
+    tokens = {"pos_embed", "cls_token"}
+    assert {n.rpartition(".")[2] for n in rest} >= tokens
+    assert not {n.rpartition(".")[2] for n in weights} & tokens
+    assert all(n.endswith(".weight") for n in weights)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, LARS])
 def test_every_optimizer_takes_the_groups(kind: type[torch.optim.Optimizer]) -> None:
     learner = learner_of(small_net())
@@ -277,10 +361,37 @@ def test_the_schedule_without_warmup_without_rest_and_with_a_floor() -> None:
     assert warmup_cosine(100, 100, 0, 1.0, final=0.5) == 0.5
 
 
-@pytest.mark.parametrize(("step", "total", "warmup"), [(-1, 10, 0), (0, 10, 11), (0, 10, -1)])
+@pytest.mark.parametrize(
+    ("step", "total", "warmup"), [(-1, 10, 0), (0, 10, 11), (math.nan, 10, 0), (True, 10, 0)]
+)
 def test_the_schedule_names_a_bad_step(step: int, total: int, warmup: int) -> None:
     with pytest.raises(ValueError, match=r"step=.*; expected step >= 0"):
         warmup_cosine(step, total, warmup, 1.0)
+
+
+@pytest.mark.parametrize("bad", [-1, math.nan, math.inf, True, "3", None])
+@pytest.mark.parametrize("name", ["total_steps", "warmup_steps", "peak", "final"])
+def test_the_schedule_names_a_bad_setting(name: str, bad: object) -> None:
+    settings = {"total_steps": 10, "warmup_steps": 1, "peak": 1.0, "final": 0.0, name: bad}
+    with pytest.raises(ValueError, match=rf"{name}={bad!r}; expected a finite number >= 0"):
+        warmup_cosine(0, **settings)
+
+
+@pytest.mark.parametrize("bad", [-1, math.nan, math.inf, True, "3", None])
+@pytest.mark.parametrize("name", ["base", "batch_size", "reference"])
+def test_the_scaling_names_a_bad_setting(name: str, bad: object) -> None:
+    settings = {"base": 0.2, "batch_size": 64, "reference": 256, name: bad}
+    with pytest.raises(ValueError, match=rf"{name}={bad!r}; expected a finite number >= 0"):
+        scaled_lr(**settings)
+    with pytest.raises(ValueError, match=r"reference=0; expected the batch size"):
+        scaled_lr(0.2, 64, reference=0)
+
+
+def test_lars_takes_numbers_of_numpy_and_names_a_flag_that_is_none() -> None:
+    p = nn.Parameter(torch.ones(2))
+    LARS([p], lr=np.float32(0.1), momentum=np.float64(0.5))
+    with pytest.raises(ValueError, match=r"adapt='no'; expected a bool"):
+        LARS([{"params": [p], "adapt": "no"}], lr=0.1)
 
 
 def test_scaling_by_batch_size() -> None:
@@ -289,7 +400,7 @@ def test_scaling_by_batch_size() -> None:
     # Sixteen steps at a sixteenth of the batch forget as much as one at the whole.
     assert scaled_decay(0.99, 1 / 16) ** 16 == pytest.approx(0.99)
     assert scaled_decay(1.0, 3) == 1.0
-    for decay, ratio in ((1.1, 1.0), (-0.1, 1.0), (0.9, 0.0), (0.9, math.inf)):
+    for decay, ratio in ((1.1, 1.0), (-0.1, 1), (0.9, 0.0), (0.9, math.inf), (True, 1), (0.9, "2")):
         with pytest.raises(ValueError, match=r"decay=.*; expected"):
             scaled_decay(decay, ratio)
 

@@ -436,7 +436,7 @@ def test_wrong_input_is_refused(measure: Any, change: Change, words: str) -> Non
 @pytest.mark.parametrize(
     ("measure", "options", "words"),
     [
-        (svm_map, {"folds": 1}, "folds=1; expected at least 2"),
+        (svm_map, {"folds": 1}, "folds=1; expected an int of at least 2"),
         (svm_map, {"max_iter": 0}, "max_iter=0; expected positive"),
         (low_shot_map, {"tol": 0.0}, "tol=0.0"),
         (low_shot_map, {"positive_weight": -1.0}, "positive_weight=-1.0"),

@@ -413,7 +413,7 @@ def _not_plain(where: str, came: str) -> TypeError:
 def _plain_copy(value: Any) -> Tensor:
     # Contiguous and of its own memory: safetensors takes neither shared nor strided tensors.
     whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return torch.empty(whole.shape, dtype=whole.dtype).copy_(whole.detach())
+    return torch.empty(whole.shape, dtype=whole.dtype, device="cpu").copy_(whole.detach())
 
 
 def _numbered(file: Path) -> list[tuple[int, str]]:

@@ -7,7 +7,10 @@ from torch import Tensor
 
 @torch.no_grad()
 def health(projections: Tensor, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-    """The three figures below as Python floats, by one synchronisation with the device."""
+    """The three figures below as Python floats, by one synchronisation with the device.
+
+    NaN where the features hold NaN or infinite values, as those of a diverged network.
+    """
     figures = torch.stack(
         [feature_std(projections), effective_rank(projections), agreement(predictions, targets)]
     )
@@ -22,7 +25,7 @@ def feature_std(projections: Tensor) -> Tensor:
     A float32 scalar: 0 in collapse, about 1 / sqrt(D) for features spread evenly over the sphere
     (SimSiam, arXiv 2011.10566, section 4.1).
     """
-    return F.normalize(projections.float(), dim=-1).std(dim=0).mean()
+    return _unit(projections).std(dim=0).mean()
 
 
 @torch.no_grad()
@@ -31,12 +34,22 @@ def effective_rank(features: Tensor) -> Tensor:
 
     A float32 scalar in [1, min(B, D)] of (B, D) features: 1 in complete collapse.
     """
-    values = torch.linalg.svdvals(features.float())
+    features = features.float()
+    # LAPACK raises where it meets a value that is not finite, so it is given zeros there.
+    finite = features.isfinite().all()
+    values = torch.linalg.svdvals(torch.where(finite, features, 0.0))
     p = values / values.sum().clamp_min(1e-12) + 1e-7
-    return (-(p * p.log()).sum()).exp()
+    return torch.where(finite, (-(p * p.log()).sum()).exp(), torch.nan)
 
 
 @torch.no_grad()
 def agreement(predictions: Tensor, target_projections: Tensor) -> Tensor:
     """The mean cosine in [-1, 1] between (B, D) predictions and the target's projections."""
-    return F.cosine_similarity(predictions.float(), target_projections.float(), dim=-1).mean()
+    return (_unit(predictions) * _unit(target_projections)).sum(dim=-1).mean()
+
+
+def _unit(rows: Tensor) -> Tensor:
+    # Large values first by the largest: their squares overflow, the norm then is infinite, and the
+    # row of zeros that it makes would pass for a collapse.
+    rows = rows.float()
+    return F.normalize(rows / rows.abs().amax(dim=-1, keepdim=True).clamp_min(1), dim=-1)

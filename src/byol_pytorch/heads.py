@@ -3,10 +3,16 @@
 The backbone's own normalisation is the user's and is never touched here.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
+
+# Where heads are born, whatever torch.set_default_dtype or `with torch.device(...)` say: the draws
+# of a seed are then the same, and no weight is rounded to bfloat16 first. Callers move them.
+_BORN: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
 
 
 def mlp(dim: int, out: int, hidden: int, sync: bool | None) -> nn.Sequential:
@@ -15,23 +21,23 @@ def mlp(dim: int, out: int, hidden: int, sync: bool | None) -> nn.Sequential:
     Source: paper, section 3.3; the biases as in DeepMind's code and MMSelfSup's NonLinearNeck.
     """
     return nn.Sequential(
-        nn.Linear(dim, hidden),
+        nn.Linear(dim, hidden, **_BORN),
         BatchNorm(hidden, sync=sync),
         nn.ReLU(inplace=True),
-        nn.Linear(hidden, out, bias=False),
+        nn.Linear(hidden, out, bias=False, **_BORN),
     )
 
 
 def simsiam_mlp(dim: int, out: int, hidden: int, sync: bool | None) -> nn.Sequential:
     """SimSiam's projector, three layers with a last BN without affine (arXiv 2011.10566, 3)."""
     return nn.Sequential(
-        nn.Linear(dim, hidden, bias=False),
+        nn.Linear(dim, hidden, bias=False, **_BORN),
         BatchNorm(hidden, sync=sync),
         nn.ReLU(inplace=True),
-        nn.Linear(hidden, hidden, bias=False),
+        nn.Linear(hidden, hidden, bias=False, **_BORN),
         BatchNorm(hidden, sync=sync),
         nn.ReLU(inplace=True),
-        nn.Linear(hidden, out, bias=False),
+        nn.Linear(hidden, out, bias=False, **_BORN),
         BatchNorm(out, sync=sync, affine=False),
     )
 
@@ -42,7 +48,7 @@ def simplicial_embedding(
     """Linear, BN and a softmax over each of `simplices` groups (arXiv 2204.00616)."""
     width = simplices * simplex_dim
     return nn.Sequential(
-        nn.Linear(dim, width),
+        nn.Linear(dim, width, **_BORN),
         BatchNorm(width, sync=sync),
         GroupSoftmax(simplices, temperature),
     )
@@ -69,7 +75,7 @@ class BatchNorm(nn.BatchNorm1d):
     """
 
     def __init__(self, dim: int, *, sync: bool | None, affine: bool = True) -> None:
-        super().__init__(dim, affine=affine)
+        super().__init__(dim, affine=affine, **_BORN)
         self.sync = sync
 
     def synchronises(self) -> bool:

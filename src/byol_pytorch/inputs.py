@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
+from byol_pytorch._arguments import is_count, is_number
 from byol_pytorch.augment.views import sides
 from byol_pytorch.heads import BatchNorm, world_size
 from byol_pytorch.probe import tensors
@@ -44,7 +46,7 @@ class Layout:
         if self.shape is None and (isinstance(images, Tensor) or not tensors(images)):
             raise TypeError(
                 f"{what} are a {type(images).__name__}; expected the structure of example_input, "
-                "a tuple or a mapping of tensors."
+                "a tuple or a mapping of tensors. Build them as example_input is built."
             )
         for x in tensors(images):
             self._check_tensor(x, what)
@@ -63,15 +65,18 @@ class Layout:
             )
         if x.ndim and x.shape[0] == 0:
             raise ValueError(
-                f"{what} have shape {came}, an empty batch; expected at least 1 image."
+                f"{what} have shape {came}, an empty batch; expected at least 1 image. Leave "
+                "empty batches out: if not len(images): continue."
             )
         if self.shape is None:
             return
         if x.ndim != len(self.shape):
-            hint = (
-                " A single image goes in as images[None]." if x.ndim == len(self.shape) - 1 else ""
-            )
-            raise ValueError(f"{what} have shape {came}; expected {self._expected()}.{hint}")
+            hint = "Shape them so, or build BYOL with an example_input of their shape."
+            if x.ndim == len(self.shape) - 1:
+                hint = "A single image goes in as images[None]."
+            elif x.ndim == len(self.shape) + 1:
+                hint = "Several images a sample go in as images.flatten(0, 1), in one batch."
+            raise ValueError(f"{what} have shape {came}; expected {self._expected()}. {hint}")
         if x.ndim > 1 and x.shape[1] != self.channels:
             last = x.ndim == 4 and x.shape[-1] == self.channels
             hint = (
@@ -102,6 +107,57 @@ class Layout:
                     )
         check_alike(one, two)
 
+    def check_made(self, one: Any, two: Any, images: Any) -> None:
+        """Raise where the views that two augmentations made of `images` do not fit the network.
+
+        Of views that are tuples or mappings only the structure and the dtypes are known.
+        """
+        for view, name in ((one, "augment_fn"), (two, "augment_fn2")):
+            if self.shape is None:
+                self._check_made_structure(view, name)
+            else:
+                self._check_made_tensor(view, name, tensors(images)[0].shape[0])
+        check_alike(one, two)
+
+    def _check_made_structure(self, view: Any, name: str) -> None:
+        held = tensors(view)
+        if isinstance(view, Tensor) or not held:
+            raise TypeError(
+                f"{name} returned a {type(view).__name__}; expected the structure of "
+                "example_input, a tuple or a mapping of tensors. Return a view built as its "
+                "argument is."
+            )
+
+    def _check_made_tensor(self, view: Any, name: str, count: int) -> None:
+        assert self.shape is not None
+        if not isinstance(view, Tensor):
+            found = "None" if view is None else f"a {type(view).__name__}"
+            hints = {
+                "NoneType": "Let it return the view; is its return statement missing?",
+                "ndarray": "End it with torch.from_numpy, and keep the batch on its device.",
+                "tuple": "Each augmentation gives one view: the second comes from augment_fn2.",
+                "list": "Join the images with torch.stack; the second view comes from augment_fn2.",
+            }
+            hint = hints.get(type(view).__name__, "Let it return a tensor.")
+            raise TypeError(f"{name} returned {found}; expected a view {self._expected()}. {hint}")
+        came = tuple(view.shape)
+        if not (view.is_floating_point() or self.integers):
+            raise TypeError(
+                f"{name} returned dtype {view.dtype}; expected float, as the network should see "
+                "it. End it with view.float() / 255 (or by the largest value), then normalise."
+            )
+        if view.ndim != len(self.shape) or (view.ndim > 1 and view.shape[1] != self.channels):
+            raise ValueError(
+                f"{name} returned shape {came}; expected {self._expected()}. A transform for "
+                "single images (C, H, W) goes through augment.per_image; keep the channels."
+            )
+        if view.ndim and view.shape[0] != count:
+            raise ValueError(
+                f"{name} returned {view.shape[0]} views for {count} images, shape {came}; "
+                "expected one view an image. Several views an image are for a loop of your own: "
+                "learner(view_one, view_two)."
+            )
+
     def _expected(self) -> str:
         assert self.shape is not None
         names = ("B", str(self.channels), "H", "W")
@@ -131,6 +187,16 @@ def check_batch(view: Any, heads: tuple[nn.Module, ...]) -> None:
             "training (over all processes where it is synchronised; "
             f"{world_size()} process(es) now). Give larger batches (DataLoader(drop_last=True)), "
             "or call learner.eval() for embeddings."
+        )
+
+
+def check_diagnosed(images: Any) -> None:
+    """Raise ValueError where `images` are too few for figures of a batch."""
+    if tensors(images)[0].shape[0] < 2:
+        raise ValueError(
+            "diagnostics() got 1 image, and its figures say how the images of a batch differ; "
+            "expected at least 2. Give it some hundred, which make feature_std and effective_rank "
+            "comparable from call to call."
         )
 
 
@@ -190,15 +256,31 @@ def check_image_size(image_size: Any, example_input: Any) -> tuple[int, int] | N
     return sides(image_size)
 
 
-def check_decay(decay: float, total_steps: int | None) -> None:
+def check_example(example: Any) -> None:
+    """Raise TypeError for an example_input without tensors, ValueError for one without a batch."""
+    if example is None:
+        return
+    held = tensors(example)
+    if not held:
+        raise TypeError(
+            f"example_input is a {type(example).__name__} without tensors; expected a tensor, or "
+            "a flat tuple or mapping of tensors, batch first. Convert arrays by torch.from_numpy."
+        )
+    if any(x.ndim == 0 or x.shape[0] == 0 for x in held):
+        shapes = ", ".join(str(tuple(x.shape)) for x in held)
+        raise ValueError(
+            f"example_input has shape {shapes}; expected at least 1 sample in axis 0 of each "
+            "tensor. Put a batch axis in front: x[None]."
+        )
+
+
+def check_decay(decay: Any, total_steps: Any) -> None:
     """Raise ValueError unless the decay is in [0, 1] and total_steps None or at least 1."""
-    if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
+    if not is_number(decay) or not 0 <= decay <= 1:
         raise ValueError(
             f"moving_average_decay={decay!r}; expected a number in [0, 1], for example 0.996."
         )
-    if total_steps is not None and (
-        isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1
-    ):
+    if total_steps is not None and not is_count(total_steps):
         raise ValueError(
             f"total_steps={total_steps!r}; expected the number of optimizer steps of the whole "
             "run, at least 1, or None for a constant decay."
@@ -212,6 +294,18 @@ def scaled(images: Any) -> Any:
     if isinstance(images, Mapping):
         return {key: scaled(x) for key, x in images.items()}
     return tuple(map(scaled, images)) if isinstance(images, (tuple, list)) else images
+
+
+def for_network(inputs: Any, dtype: torch.dtype) -> Any:
+    """`inputs` in the network's `dtype`; under autocast as they are, for it casts by itself.
+
+    All but float64, which autocast leaves alone, so that it would meet float32 weights.
+    """
+    held = tensors(inputs)
+    casts = torch.is_autocast_enabled(held[0].device.type)
+    if casts and not any(x.dtype == torch.float64 for x in held):
+        return inputs
+    return as_dtype(inputs, dtype)
 
 
 def as_dtype(inputs: Any, dtype: torch.dtype) -> Any:
@@ -234,15 +328,40 @@ def concatenated(one: Any, two: Any) -> Any:
     return tuple(concatenated(x, y) for x, y in zip(one, two, strict=True))
 
 
-def looks_unscaled(images: Any) -> bool:
-    """Whether float images on a CPU reach beyond 2, as those in [0, 255] do.
+def range_warning(images: Any, clipped: bool) -> str | None:
+    """What is wrong with the range of float images, by one look at it that waits for the device.
+
+    `clipped` says that the default views, which clip to [0, 1], will see them; without those
+    normalised images are as welcome as others. Half a range on either side is let pass: a bicubic
+    resize reaches from -0.45 to 1.45 at the most.
+    """
+    low, high = (float(x) for x in torch.stack(torch.aminmax(images.detach())).tolist())
+    came = f"The images are floats from {low:.4g} to {high:.4g}; expected [0, 1]."
+    if low < -0.5:
+        return (
+            f"{came} They look normalised already, but the default views normalise by themselves, "
+            "and clip to [0, 1] before it. Leave the normalisation out of the data set (mean= and "
+            "std= set that of the views); or make the views yourself, by augment_fn or "
+            "learner(view_one, view_two), with representation(images, normalise=False)."
+            if clipped
+            else None
+        )
+    if high > 1.5:
+        return (
+            f"{came} Divide them by 255 (or by the largest value of your data), or pass 8-bit "
+            "images as uint8."
+        )
+    return None
+
+
+def has_range(images: Any) -> bool:
+    """Whether the range of `images` can be known: of one float tensor with values to read.
 
     Of tuples and mappings nothing is known: what stands beside the images has its own range.
     """
-    return (
-        isinstance(images, Tensor)
-        and images.is_floating_point()
-        and images.device.type == "cpu"
-        and images.numel() > 0
-        and float(images.max()) > 2
-    )
+    if not isinstance(images, Tensor) or not images.is_floating_point() or not images.numel():
+        return False
+    if isinstance(images, FakeTensor):
+        return False
+    # To wait for the device would break the graph that is being captured.
+    return not (images.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -12,19 +12,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from byol_pytorch._arguments import (
+    check_augmentations,
+    check_flags,
+    check_hidden_layer,
+    check_sizes,
+)
 from byol_pytorch.augment.views import as_view, byol_views
 from byol_pytorch.diagnostics import health
 from byol_pytorch.heads import mlp, simplicial_embedding, simsiam_mlp
 from byol_pytorch.inputs import (
     Layout,
-    as_dtype,
-    check_alike,
     check_batch,
     check_decay,
+    check_diagnosed,
+    check_example,
     check_image_size,
     check_network,
     concatenated,
-    looks_unscaled,
+    for_network,
+    has_range,
+    range_warning,
     scaled,
 )
 from byol_pytorch.locate import locate
@@ -124,6 +132,24 @@ class BYOL(nn.Module):
         super().__init__()
         check_network(net)
         check_decay(moving_average_decay, total_steps)
+        sizes = {
+            "projection_size": projection_size,
+            "projection_hidden_size": projection_hidden_size,
+            "sem_num_simplices": sem_num_simplices,
+            "sem_simplex_dim": sem_simplex_dim,
+        }
+        check_sizes(sizes, sem_temperature)
+        flags = {
+            "use_momentum": use_momentum,
+            "use_simplicial_embeddings": use_simplicial_embeddings,
+            "target_dropout": target_dropout,
+            "concatenate_views": concatenate_views,
+            "check_finite": check_finite,
+        }
+        check_flags(flags, sync_batchnorm)
+        check_hidden_layer(hidden_layer)
+        check_augmentations(augment_fn, augment_fn2)
+        check_example(example_input)
         size = check_image_size(image_size, example_input)
         inputs = probe_inputs(uncompiled(net), size, example_input)
         found = locate(net, inputs, hidden_layer, pool)
@@ -176,8 +202,10 @@ class BYOL(nn.Module):
             embedding (B, D)), or the embedding alone without return_projection, with gradient and
             in the current mode, normalised as in training.
 
-        Raises TypeError or ValueError for images that do not fit, ValueError also for a batch of
-        one whose heads would take batch statistics of it.
+        Raises TypeError or ValueError for images or views that do not fit, ValueError also for a
+        batch of one whose heads would take batch statistics of it. The first batch of float images
+        is looked at once in the learner's life, which waits for the device: it warns of values far
+        outside [0, 1], as normalised images and those in [0, 255] have. Compiled code never looks.
         """
         if isinstance(view_two, bool):
             return_embedding, view_two = view_two, None
@@ -189,7 +217,7 @@ class BYOL(nn.Module):
             return self.projector(embedding), embedding
         if view_two is None:
             one, two = self.views(images)
-            check_alike(one, two)
+            self._layout.check_made(one, two, images)
         else:
             one, two = images, view_two
             self._layout.check_views(one, two, self.check_finite)
@@ -267,6 +295,7 @@ class BYOL(nn.Module):
         """
         with evaluating(self):
             seen = self._as_seen(images)
+            check_diagnosed(seen)
             projection = self.projector(self._embed(seen))
             target = projection if self.target is None else self.target(self._in_dtype(seen))
             figures = health(projection, self.predictor(projection), target)
@@ -349,26 +378,26 @@ class BYOL(nn.Module):
 
     def _normalisation_of(self, augment_fn: Augmentation | None) -> Any:
         view = as_view(augment_fn)
-        statistics = view and view.statistics(self._layout.channels or 0)
+        found = None if view is None else view.statistics(self._layout.channels or 0)
         # float32 holds 7 digits: those that were given.
-        return statistics and tuple(
-            tuple(float(f"{x:.7g}") for x in values.tolist()) for values in statistics
-        )
+        return found and tuple(tuple(float(f"{x:.7g}") for x in v.tolist()) for v in found)
 
-    def _check_images(self, images: Any) -> None:
+    def _check_images(self, images: Any, ranged: bool = True) -> None:
         self._layout.check(images, "The images", self.check_finite)
-        if torch.compiler.is_compiling() or self._range_checked:
+        if (
+            not ranged
+            or torch.compiler.is_compiling()
+            or self._range_checked
+            or not has_range(images)
+        ):
             return
         self._range_checked = True
-        if looks_unscaled(images):
-            warnings.warn(
-                "The images are float with values above 2, expected [0, 1]. If they are in "
-                "[0, 255], divide by 255 or pass them as uint8.",
-                stacklevel=4,
-            )
+        if message := range_warning(images, clipped=as_view(self.augment_fn) is not None):
+            warnings.warn(message, stacklevel=4)
 
     def _as_seen(self, images: Any, normalise: bool = True) -> Any:
-        self._check_images(images)
+        # Without normalisation they may be in any range.
+        self._check_images(images, ranged=normalise)
         if normalise and (view := as_view(self.augment_fn)) is not None:
             return view.normalise(images)
         return scaled(images)
@@ -404,8 +433,6 @@ class BYOL(nn.Module):
         return representation
 
     def _in_dtype(self, view: Any) -> Any:
-        # A network cast to bfloat16 takes bfloat16; under autocast the casts are autocast's.
-        if torch.is_autocast_enabled(tensors(view)[0].device.type):
-            return view
+        # A network cast to bfloat16 takes bfloat16.
         dtypes = (p.dtype for p in self.net.parameters() if p.is_floating_point())
-        return as_dtype(view, next(dtypes))
+        return for_network(view, next(dtypes))

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from byol_pytorch._arguments import is_number
+
 TensorList = list[Tensor] | tuple[Tensor, ...]
 CACHED = 2**18  # parameters that a CPU updates at a time; a larger tensor comes alone
 
@@ -68,6 +70,11 @@ class LARS(torch.optim.Optimizer):
         for name in ("lr", "weight_decay", "trust_coefficient"):
             _check_number(name, settings[name], math.inf)
         _check_number("momentum", settings["momentum"], 1.0)
+        if settings["adapt"] not in (True, False):
+            raise ValueError(
+                f"adapt={settings['adapt']!r}; expected a bool. Give True to scale a group's "
+                "updates by the trust ratio, False to leave them as they are."
+            )
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -118,9 +125,11 @@ class LARS(torch.optim.Optimizer):
 def param_groups(learner: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two parameter groups of a BYOL learner, for LARS and for every optimizer of torch.
 
-    The first holds the weights (two axes or more), with `weight_decay`; the second the biases and
-    the parameters of norms, without decay and with `adapt=False`, which LARS reads and others
-    ignore. In them is what trains and reaches the representation: not the target, not what is
+    The first holds the weights, with `weight_decay`; the second, without decay and with
+    `adapt=False`, which LARS reads and others ignore, the biases, the parameters of norms of any
+    shape and library, scales and tokens (of one axis, others of length 1 aside), and what the
+    network or a part of it names in `no_weight_decay()`, as timm's do their position embeddings.
+    In them is what trains and reaches the representation: not the target, not what is
     frozen (freeze before the call), not what `learner.ddp_ignored()` names. Call it after
     fully_shard, as any optimizer is built.
 
@@ -134,17 +143,47 @@ def param_groups(learner: nn.Module, weight_decay: float) -> list[dict[str, Any]
             f"param_groups got a {type(source).__name__}; expected the BYOL learner. Pass {hint}."
         )
     unreached = set(source.ddp_ignored())
-    trained = [
-        parameter
+    trained = {
+        name: parameter
         for name, parameter in source.named_parameters()
         if parameter.requires_grad and name not in unreached and not name.startswith("target.")
-    ]
-    weights = [p for p in trained if p.ndim > 1]
-    rest = [p for p in trained if p.ndim <= 1]
+    }
+    named = _named_by_network(source)
+    weights = [p for name, p in trained.items() if name not in named and _decays(source, name, p)]
+    decayed = set(map(id, weights))
+    rest = [p for p in trained.values() if id(p) not in decayed]
     return [
         {"params": weights, "weight_decay": weight_decay, "adapt": True},
         {"params": rest, "weight_decay": 0.0, "adapt": False},
     ]
+
+
+def _decays(root: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether the parameter is a weight, by the module that holds it."""
+    holder, _, own = name.rpartition(".")
+    module = root.get_submodule(holder)
+    if parameter.ndim <= 1 or "bias" in own or _is_norm(module):
+        return False
+    # A scale (C, 1, 1) or a token (1, 1, D) is a vector; the weight of Linear(D, 1) is none.
+    return own == "weight" or parameter.numel() > max(parameter.shape)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    # By name, which holds for torch's too: those of timm, Hugging Face and others need not be there
+    # and often subclass none of torch's. Not a NormedLinear, and no NormFreeNet, which has parts.
+    names = [base.__name__.lower() for base in type(module).__mro__]
+    named = any("norm" in name or name.endswith("grn") for name in names)
+    parts = any(True for child in module.children() for _ in child.parameters())
+    return named and not parts and not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d)
+
+
+def _named_by_network(root: nn.Module) -> set[str]:
+    names: set[str] = set()
+    for prefix, module in root.named_modules():
+        named = getattr(module, "no_weight_decay", None)
+        if callable(named):
+            names.update(f"{prefix}.{name}" if prefix else name for name in named())
+    return names
 
 
 def warmup_cosine(
@@ -157,9 +196,14 @@ def warmup_cosine(
     deepmind-research; the paper's warm-up is 10 epochs). A function of the step alone, so a
     resumed run needs no scheduler's state.
 
-    Raises ValueError unless 0 <= warmup_steps <= total_steps and step >= 0.
+    Raises ValueError unless 0 <= warmup_steps <= total_steps and step >= 0, and the rates are
+    finite numbers of at least 0.
     """
-    if step < 0 or not 0 <= warmup_steps <= total_steps:
+    _check_number("peak", peak, math.inf)
+    _check_number("final", final, math.inf)
+    for name, count in (("warmup_steps", warmup_steps), ("total_steps", total_steps)):
+        _check_number(name, count, math.inf)
+    if not is_number(step) or not 0 <= step < math.inf or warmup_steps > total_steps:
         raise ValueError(
             f"step={step}, warmup_steps={warmup_steps}, total_steps={total_steps}; expected "
             "step >= 0 and 0 <= warmup_steps <= total_steps. A short trial run needs a shorter "
@@ -177,8 +221,14 @@ def scaled_lr(base: float, batch_size: int, reference: int = 256) -> float:
     """`base` x batch_size / reference: the linear scaling of the paper (section 3.3).
 
     `batch_size` counts all processes and accumulated batches of one optimizer step. It is a rule
-    for SGD and LARS; Adam's usual one is the square root.
+    for SGD and LARS; Adam's usual one is the square root. Raises ValueError for a negative rate or
+    batch, or a reference of 0.
     """
+    _check_number("base", base, math.inf)
+    _check_number("batch_size", batch_size, math.inf)
+    _check_number("reference", reference, math.inf)
+    if reference == 0:
+        raise ValueError("reference=0; expected the batch size that `base` is for, such as 256.")
     return base * batch_size / reference
 
 
@@ -188,16 +238,17 @@ def scaled_decay(decay: float, ratio: float) -> float:
     So the target forgets at the same pace per image (arXiv 2307.13813, section 3). Scale the
     learning rate along with it. Raises ValueError unless 0 <= decay <= 1 and ratio > 0.
     """
-    if not 0 <= decay <= 1 or not 0 < ratio < math.inf:
+    numbers = is_number(decay) and is_number(ratio)
+    if not numbers or not 0 <= decay <= 1 or not 0 < ratio < math.inf:
         raise ValueError(
-            f"decay={decay}, ratio={ratio}; expected a decay in [0, 1] and a positive ratio. Give "
-            "the batch size over the one that the decay was tuned for."
+            f"decay={decay!r}, ratio={ratio!r}; expected a decay in [0, 1] and a positive ratio. "
+            "Give the batch size over the one that the decay was tuned for."
         )
     return float(decay**ratio)
 
 
 def _check_number(name: str, value: Any, limit: float) -> None:
-    if not isinstance(value, int | float) or not 0 <= value < limit:
+    if not is_number(value) or not 0 <= value < limit:
         bound = "a finite number >= 0" if limit == math.inf else f"a number in [0, {limit:g})"
         raise ValueError(
             f"{name}={value!r}; expected {bound}. Pass {name}= in this range, as a Python float."

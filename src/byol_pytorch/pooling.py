@@ -76,7 +76,10 @@ def pool_for(value: Any, channels: Channels | None, pool: str | Pool | None, wha
         return Unchanged(what)
     shape = tuple(x.shape)
     if x.ndim < 3:
-        raise ValueError(f"The output of {what} has shape {shape}; expected (B, D) or more axes.")
+        raise ValueError(
+            f"The output of {what} has shape {shape}; expected (B, D) or more axes. Name a layer "
+            "with hidden_layer= whose output has them, or give pool= a callable."
+        )
     if pool == "cls":
         if x.ndim != 3:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The container of a view's stages: kornia's ImageSequential, run at the speed of a training step."""
+"""The container of a view's stages: kornia's ImageSequential at the speed of a training step."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -85,7 +85,9 @@ class ViewSequential(K.ImageSequential):
         params = []
         shape = torch.Size(batch_shape)
         for name, stage in self.get_forward_sequence():
-            draws = stage.forward_parameters(shape) if hasattr(stage, "forward_parameters") else None
+            draws = (
+                stage.forward_parameters(shape) if hasattr(stage, "forward_parameters") else None
+            )
             if isinstance(draws, dict) and torch.compiler.is_compiling():
                 del draws["forward_input_shape"]  # a kernel on the CPU for each number of it
             params.append(ParamItem(name, draws))
@@ -120,10 +122,10 @@ class ViewSequential(K.ImageSequential):
             height, width = self.image_size or input.shape[2:]
             values = CHUNK.get(input.device.type, CHUNK_ELSEWHERE)
             count = max(1, values // (input.shape[1] * height * width))
+        view: Any = None
         if count >= len(input):
             view = _run(input, steps, slice(0, len(input)), extra_args)
             return view.to(self.dtype, memory_format=self.memory_format)
-        view: Any = None
         for start in range(0, len(input), count):
             rows = slice(start, start + count)
             some = _run(input[rows], steps, rows, extra_args)
@@ -228,7 +230,7 @@ class ViewSequential(K.ImageSequential):
     def _step(self, item: ParamItem, images: Tensor) -> "Step":
         stage, count = self.get_submodule(item.name), len(images)
         if not isinstance(item.data, dict):
-            return Step(stage, item, by_image=False)
+            return Step(stage, item.data, by_image=False)
         drawn_for = len(item.data["batch_prob"])
         if drawn_for not in (1, count):
             raise ValueError(
@@ -238,7 +240,7 @@ class ViewSequential(K.ImageSequential):
         by_image = isinstance(stage, K.AugmentationBase2D) and all(
             name in SHARED or len(value) in (1, count) for name, value in item.data.items()
         )
-        return Step(stage, item, by_image)
+        return Step(stage, item.data, by_image)
 
     def _fastest(self, input: Tensor) -> Any:
         wanted = input.device.type == "cuda" if self.compiles is None else self.compiles
@@ -268,12 +270,11 @@ class ViewSequential(K.ImageSequential):
         return self.transform_inputs(input, params, extra_args), params
 
 
-
 class Step(NamedTuple):
     """A stage, its draws, and whether it treats each image of a batch by itself."""
 
     stage: Any
-    item: ParamItem
+    draws: Any
     by_image: bool
 
 
@@ -283,7 +284,7 @@ def _run(images: Tensor, steps: list[Step], rows: slice, extra_args: Any) -> Ten
         if number == 0 and type(step.stage) is not ours.RandomResizedCrop:
             images = to_unit(images)
         if not step.by_image:
-            images = _as_kornia(images, step.stage, step.item.data, extra_args)
+            images = _as_kornia(images, step.stage, step.draws, extra_args)
         elif eager_on_cpu(images):
             images = _apply_to_drawn(images, step, rows, extra_args)
         else:
@@ -293,12 +294,14 @@ def _run(images: Tensor, steps: list[Step], rows: slice, extra_args: Any) -> Ten
 
 def _apply_to_drawn(images: Tensor, step: Step, rows: slice, extra_args: Any) -> Tensor:
     """On a CPU: the stage computed for the images that drew it."""
-    stage, draws = step.stage, step.item.data
+    stage, draws = step.stage, step.draws
     direct = _is_direct(stage, extra_args)
     chosen = list(range(len(images)))
     if not _always(stage) and (direct or isinstance(stage, K.IntensityAugmentationBase2D)):
         gate = draws["batch_prob"]
-        gate = (gate if len(gate) == 1 else gate[rows]).tolist() * (len(images) if len(gate) == 1 else 1)
+        gate = (gate if len(gate) == 1 else gate[rows]).tolist() * (
+            len(images) if len(gate) == 1 else 1
+        )
         chosen = [row for row, drawn in enumerate(gate) if drawn > 0.5]
     if not chosen:
         return images
@@ -315,7 +318,7 @@ def _apply_to_drawn(images: Tensor, step: Step, rows: slice, extra_args: Any) ->
 
 def _apply_to_all(images: Tensor, step: Step, rows: slice, extra_args: Any) -> Tensor:
     """On a GPU or under a compiler: the stage computed for all images, and selected from."""
-    stage, draws = step.stage, _take(step.item.data, rows)
+    stage, draws = step.stage, _take(step.draws, rows)
     if not _is_direct(stage, extra_args):
         return _as_kornia(images, stage, draws, extra_args)
     changed = stage.apply_transform(images, draws, stage.flags)

@@ -38,8 +38,8 @@ def uniform(stage: Any, batch: int, count: int) -> Tensor:
     return drawn.expand(batch, count)
 
 
-def between(low: float, high: float, draw: Tensor) -> Tensor:
-    return low + draw * (high - low)
+def between(ends: tuple[float, float], draw: Tensor) -> Tensor:
+    return ends[0] + draw * (ends[1] - ends[0])
 
 
 class RandomResizedCrop(K.RandomResizedCrop):
@@ -74,12 +74,14 @@ class RandomResizedCrop(K.RandomResizedCrop):
 
     def generate_parameters(self, batch_shape: Sequence[int]) -> Params:
         batch, *_, height, width = batch_shape
-        (out_h, out_w), scale, ratio, tries = map(self.flags.get, ("size", "scale", "ratio", "tries"))
+        (out_h, out_w), scale, ratio, tries = map(
+            self.flags.get, ("size", "scale", "ratio", "tries")
+        )
         draws = uniform(self, batch, 2 * tries + 2)
         areas, ratios, corners = draws.split((tries, tries, 2), dim=1)
-        ratios = between(math.log(ratio[0]), math.log(ratio[1]), ratios).exp()
+        ratios = between((math.log(ratio[0]), math.log(ratio[1])), ratios).exp()
         top, left, h, w = draw_boxes(
-            between(*scale, areas), ratios, corners, (height, width), ratio, retry=tries > 1
+            between(scale, areas), ratios, corners, (height, width), ratio, retry=tries > 1
         )
         zero = torch.zeros_like(left)
         return {
@@ -204,9 +206,7 @@ class RandomRotation90(K.RandomRotation90):
     """Quarter turns as exact permutations of the pixels, each of the whole numbers from times[0] to
     times[1] equally likely. kornia interpolates, and rounds a uniform draw."""
 
-    def __init__(
-        self, times: tuple[int, int], same_on_batch: bool = False, p: float = 0.5
-    ) -> None:
+    def __init__(self, times: tuple[int, int], same_on_batch: bool = False, p: float = 0.5) -> None:
         super().__init__(times, same_on_batch=same_on_batch, p=p)
         self._param_generator = None
         self.flags["times"] = times
@@ -214,7 +214,7 @@ class RandomRotation90(K.RandomRotation90):
     def generate_parameters(self, batch_shape: Sequence[int]) -> Params:
         low, high = self.flags["times"]
         draw = uniform(self, batch_shape[0], 1)[:, 0]
-        return {"times": between(low, high + 1, draw).floor().clamp(max=high)}
+        return {"times": between((low, high + 1), draw).floor().clamp(max=high)}
 
     def apply_transform(
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Any = None
@@ -259,17 +259,17 @@ class ColorJitter(K.ColorJitter):
         semantics: Semantics = "torchvision",
     ) -> None:
         super().__init__(brightness, contrast, saturation, hue, same_on_batch, p)
-        samplers = {name: getattr(self._param_generator, f"{name}_sampler") for name in STEPS}
+        kornias: Any = self  # checks the strengths and makes ranges of them
+        samplers = {name: getattr(kornias._param_generator, f"{name}_sampler") for name in STEPS}
         self._param_generator = None
-        self.flags = {name: (float(s.low), float(s.high)) for name, s in samplers.items()}
+        self.flags: dict[str, Any] = {n: (float(s.low), float(s.high)) for n, s in samplers.items()}
         self.flags["semantics"] = semantics
 
     def generate_parameters(self, batch_shape: Sequence[int]) -> Params:
         draws = uniform(self, batch_shape[0], 8)
         orders = draws[:, 4:].argsort(dim=1)
         factors = {
-            f"{name}_factor": between(*self.flags[name], draws[:, i])
-            for i, name in enumerate(STEPS)
+            f"{name}_factor": between(self.flags[name], draws[:, i]) for i, name in enumerate(STEPS)
         }
         return {**factors, "orders": orders, "order": orders[:1].flatten()}
 
@@ -300,7 +300,7 @@ def _jitter_rows(
         counts = numbers.bincount(minlength=4).tolist()
         if max(counts) < len(images):
             place, images = place[sorting], images.index_select(0, sorting)
-        groups = zip(steps, factors, idle, images.split(counts), place.split(counts))
+        groups = zip(steps, factors, idle, images.split(counts), place.split(counts), strict=False)
         for step, factor, is_idle, some, rows in groups:
             if len(rows) and not is_idle:
                 channels = some.split(1, dim=1)
@@ -315,12 +315,13 @@ def _jitter_rows(
 def _jitter_all(
     images: Tensor, orders: Tensor, factors: list[Tensor], steps: Sequence[Step], drawn: Tensor
 ) -> Tensor:
-    """Every step for all images, of which those are taken that drew the jitter and whose turn it is.
+    """Every step for all images; those are taken that drew the jitter and whose turn it is.
 
-    Contrast needs a mean over the image. Everything before it, then it, then everything after it is
+    Contrast needs a mean over the image. Everything before it, then it, then everything after is
     two passes over memory, where four steps that may each be contrast would be four.
     """
-    parts, owns = [images], [torch.arange(0, 6, 2, device=images.device)[:, None, None]]
+    parts: list[Tensor] = [images]
+    owns: list[Any] = [torch.arange(0, 6, 2, device=images.device)[:, None, None]]
     if torch.compiler.is_compiling() and len(steps) == 4:
         # One plane a channel: a compiler then keeps a pixel in registers from step to step.
         parts, owns = list(images.split(1, dim=1)), [0, 2, 4]
@@ -439,7 +440,7 @@ class RandomGaussianBlur(K.RandomGaussianBlur):
         self.flags["sigma"] = sigma
 
     def generate_parameters(self, batch_shape: Sequence[int]) -> Params:
-        return {"sigma": between(*self.flags["sigma"], uniform(self, batch_shape[0], 1)[:, 0])}
+        return {"sigma": between(self.flags["sigma"], uniform(self, batch_shape[0], 1)[:, 0])}
 
     def apply_transform(
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Any = None
@@ -511,7 +512,7 @@ class RandomSolarize(K.RandomSolarize):
         draws = uniform(self, batch_shape[0], 2).unbind(dim=1)
         names = ("thresholds", "additions")
         ranges = {name: self.flags[name] for name in names}
-        drawn = {name: between(*ranges[name], d) for name, d in zip(names, draws, strict=True)}
+        drawn = {name: between(ranges[name], d) for name, d in zip(names, draws, strict=True)}
         if ranges["additions"] == (0.0, 0.0):
             del drawn["additions"]
         return drawn

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from byol_pytorch._arguments import is_number
+
 if TYPE_CHECKING:  # kornia is imported by the first call: it takes a tenth of torch's time
     from byol_pytorch.augment.pipeline import ViewSequential
 
@@ -166,7 +168,9 @@ def _view(
         turns = (1, 3) if size[0] == size[1] else (2, 2)  # a quarter turn of a rectangle fits not
         stages.append(ours.RandomRotation90(turns, p=rotate90))
     if jitter and any(strengths.values()):
-        stages.append(ours.ColorJitter(**strengths, p=jitter, semantics=semantics))
+        stages.append(
+            ours.ColorJitter(brightness, contrast, saturation, hue, p=jitter, semantics=semantics)
+        )
     if grayscale:
         weights = torch.tensor((0.2989, 0.5870, 0.1140), device="cpu") if deepmind else None
         stages.append(_for_rgb(K.RandomGrayscale(weights, p=grayscale)))
@@ -233,18 +237,14 @@ def sides(image_size: Any) -> tuple[int, int]:
     return (pair[0], pair[1])
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_number(name: str, value: Any, high: float) -> None:
-    if not _is_number(value) or not 0 <= value <= high:
+    if not is_number(value) or not 0 <= value <= high:
         bound = f"a number in [0, {high:g}]" if high < math.inf else "a number of at least 0"
         raise ValueError(f"{name}={value!r}. Expected {bound}; 0 switches it off.")
 
 
 def _check_range(name: str, pair: Any) -> None:
-    fits = isinstance(pair, Sequence) and len(pair) == 2 and all(map(_is_number, pair))
+    fits = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair))
     if not fits or not 0 < pair[0] <= pair[1]:
         raise ValueError(
             f"{name}={pair!r}. Expected (low, high) with 0 < low <= high; "
@@ -272,7 +272,7 @@ def _numbers(name: str, value: Any) -> Any:
     if (
         not isinstance(numbers, Sequence)
         or not numbers
-        or not all(map(_is_number, numbers))
+        or not all(map(is_number, numbers))
         or (name == "std" and min(numbers) <= 0)
     ):
         kind = "positive" if name == "std" else "finite"

@@ -28,7 +28,10 @@ def agree(count: int) -> list[int]:
         dist.all_gather_object(counts, count)
     if not min(counts):
         whose = "The loader" if world == 1 else f"The loader of process {counts.index(0)}"
-        raise ValueError(f"{whose} gave no images; expected at least one.")
+        raise ValueError(
+            f"{whose} gave no images; expected at least one. Look for an "
+            "empty folder or split, or drop_last=True with less than a batch."
+        )
     if counts != [math.ceil((sum(counts) - rank) / world) for rank in range(world)]:
         raise ValueError(
             f"The processes have {counts} images; expected one in {world} of the data set each. "

@@ -32,7 +32,7 @@ def open_task(
     if train.shape[1] != test.shape[1]:
         raise ValueError(
             f"train_features have {train.shape[1]} dimensions, test_features {test.shape[1]}; "
-            "expected features of one network."
+            "expected the same. Extract both with one network."
         )
     train_targets, train_classes = as_targets(train_labels, "train_labels")
     known = None if train_classes is None else train_targets.shape[1]
@@ -47,7 +47,8 @@ def open_task(
         if len(features) != len(targets):
             raise ValueError(
                 f"{name}_features hold {len(features)} rows, {name}_labels {len(targets)}; "
-                "expected one label row a feature row."
+                "expected one label row a feature row. Give those that extract_features returned "
+                "together."
             )
     check_counts(test_targets, "test", 1, 1)
     return Task(train, test, train_targets, test_targets, train_classes, test_classes)
@@ -102,7 +103,10 @@ def as_targets(
         bound = f"from 0 to {count - 1}, as in train" if count else "of at least 0"
         raise ValueError(f"{name} hold classes from {least} to {most}; expected numbers {bound}.")
     if least == most and count is None:
-        raise ValueError(f"{name} hold the class {least} alone; expected at least 2 classes.")
+        raise ValueError(
+            f"{name} hold the class {least} alone; expected at least 2 classes. "
+            "Look at how the labels are read."
+        )
     classes = labels.astype(np.int64)
     return (classes[:, None] == np.arange(count or most + 1)).astype(np.int8), classes
 
@@ -124,6 +128,9 @@ def check_counts(
 def check_shots(targets: Array, shots: int, one_label: bool) -> None:
     others = targets.shape[1] - 1
     if not others:
-        raise ValueError("labels have 1 class; low-shot sampling needs at least 2.")
+        raise ValueError(
+            "labels have 1 class; expected at least 2, for low-shot sampling draws negatives from "
+            "the others. Give labels of more classes."
+        )
     negatives = 0 if one_label else others * shots
     check_counts(targets, "train", shots, negatives, f"Give fewer shots than {shots}, or leave")

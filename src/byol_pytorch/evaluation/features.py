@@ -162,7 +162,10 @@ def _device(model: Any, device: torch.device | str | None) -> torch.device | Non
 
 def _check(loader: Iterable[Any], dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype={dtype}; expected torch.float32, bfloat16 or float16.")
+        raise ValueError(
+            f"dtype={dtype}; expected torch.float32, bfloat16 or float16. Cast what comes back for "
+            "others: features.double()."
+        )
     if process()[1] > 1 and isinstance(getattr(loader, "sampler", None), DistributedSampler):
         raise ValueError(
             "The loader has a DistributedSampler, which repeats some samples; expected each once. "
@@ -184,7 +187,8 @@ def _split(batch: Any) -> tuple[Any, Any]:
         return batch, None
     if len(batch) not in (1, 2):
         raise ValueError(
-            f"The loader gives {len(batch)} things at once; expected (images, labels), or images."
+            f"The loader gives {len(batch)} things at once; expected (images, labels), or images. "
+            "Leave the rest out by its collate_fn."
         )
     return batch[0], batch[1] if len(batch) == 2 else None
 
@@ -202,11 +206,12 @@ def _labels(truth: Any, count: int, start: int, before: bool) -> list[Tensor]:
         )
     if truth is None:
         return []
-    labels = torch.as_tensor(truth).cpu()
+    labels = torch.as_tensor(truth, device="cpu")
     if len(labels) != count or labels.ndim not in (1, 2):
         raise ValueError(
             f"The batch from sample {start} on has labels {tuple(labels.shape)} and {count} "
-            "features; expected one label, or one row, for each."
+            "features; expected one label, or one row, for each. Look at the data set's "
+            "__getitem__, or the loader's collate_fn."
         )
     if labels.ndim == 1 and not labels.is_floating_point():
         labels = labels.long()

@@ -4,12 +4,13 @@ The protocol is InstDisc's (arXiv 1805.01978, section 3.4), as MMSelfSup runs it
 labelled bank vote for their class with weight exp(cosine / temperature).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
 
+from byol_pytorch._arguments import is_count, is_number
 from byol_pytorch.evaluation.neighbours import Device, check_features, check_k, search
 
 K = (10, 20, 100, 200)  # MMSelfSup's kNN benchmark
@@ -67,14 +68,14 @@ def knn_accuracy(
     if bool((bank_labels == bank_labels[0]).all()):
         raise ValueError(
             f"All {len(bank)} samples of the bank have label {int(bank_labels[0])}; expected two "
-            "classes or more, for an accuracy over one says nothing."
+            "classes or more, for an accuracy over one says nothing. Look at how labels are read."
         )
     ranked = _vote(bank, bank_labels, queries, ks, temperature, top, device)
     hits = [(ranked[each] == truth.to(ranked[each])[:, None]).any(1).sum() for each in ks]
     found = {
         each: hit / len(truth) for each, hit in zip(ks, torch.stack(hits).tolist(), strict=True)
     }
-    return found[k] if isinstance(k, int) else found
+    return found if isinstance(k, Iterable) else found[k]
 
 
 @overload
@@ -120,7 +121,7 @@ def knn_predict(
     """
     ks = _checked(bank, bank_labels, queries, k, temperature, top)
     ranked = _vote(bank, bank_labels, queries, ks, temperature, top, device)
-    return ranked[k] if isinstance(k, int) else ranked
+    return ranked if isinstance(k, Iterable) else ranked[k]
 
 
 # The vote ---------------------------------------------------------------------------------------
@@ -170,13 +171,16 @@ def _checked(
     temperature: float, top: int,
 ) -> tuple[int, ...]:  # fmt: skip
     """The ks as a tuple."""
-    ks = (k,) if isinstance(k, int) else tuple(k)
-    if not ks:
-        raise ValueError("k is empty; expected one number of neighbours or several.")
-    if not temperature > 0 or top < 1:
+    ks = tuple(k) if isinstance(k, Iterable) and not isinstance(k, str) else (k,)
+    if not ks or not all(map(is_count, ks)):
         raise ValueError(
-            f"temperature={temperature} and top={top}; expected a temperature above 0, such as "
-            f"{TEMPERATURE}, and at least 1 class."
+            f"k={k!r}; expected a number of neighbours of at least 1, or several. Give k=20, or "
+            f"k={K}."
+        )
+    if not is_number(temperature) or not temperature > 0 or not is_count(top):
+        raise ValueError(
+            f"temperature={temperature!r} and top={top!r}; expected a temperature above 0, such as "
+            f"{TEMPERATURE}, and at least 1 class. Leave both out for the protocol's."
         )
     check_features(bank, queries)
     for each in ks:
@@ -186,6 +190,11 @@ def _checked(
 
 
 def _checked_labels(labels: Tensor, rows: Tensor, name: str, of: str) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"{name} is a {type(labels).__name__}; expected a tensor of integers (N,). Give "
+            f"torch.as_tensor({name})."
+        )
     if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
         raise ValueError(
             f"{name} is {tuple(labels.shape)} {labels.dtype}; expected one integer a sample, (N,). "
@@ -193,7 +202,8 @@ def _checked_labels(labels: Tensor, rows: Tensor, name: str, of: str) -> Tensor:
         )
     if len(labels) != len(rows):
         raise ValueError(
-            f"{name} holds {len(labels)} labels and {of} {len(rows)} samples; expected as many."
+            f"{name} holds {len(labels)} labels and {of} {len(rows)} samples; expected as many. "
+            "Give those that extract_features returned together."
         )
     if int(labels.min()) < 0:
         number = int((labels < 0).int().argmax())

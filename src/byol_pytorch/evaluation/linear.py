@@ -20,6 +20,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from byol_pytorch._arguments import is_count, is_number
 from byol_pytorch.evaluation.protocols import PAPER, Protocol
 from byol_pytorch.heads import BatchNorm, world_size
 from byol_pytorch.probe import evaluating
@@ -73,10 +74,15 @@ def linear_probe(
     Raises ValueError for lengths, widths or stages that do not go together, labels out of range or
     in the test images alone, a single class, features that are not finite.
     """
+    if not is_number(held_out) or not 0 <= held_out < 1:
+        raise ValueError(
+            f"held_out={held_out!r}; expected the part of the training images that chooses the "
+            "learning rate, in [0, 1). Give held_out=0.1, or 0 for none."
+        )
     train, test = _by_stage(train_features), _by_stage(test_features)
-    labels, test_labels = (torch.as_tensor(x).cpu() for x in (train_labels, test_labels))
+    labels, test_labels = (torch.as_tensor(x, device="cpu") for x in (train_labels, test_labels))
     num_classes = _check(train, labels, test, test_labels, num_classes)
-    kept = left = torch.arange(len(labels))
+    kept = left = torch.arange(len(labels), device="cpu")
     if held_out:
         numbers, truth = kept.numpy(), labels.numpy()
         split = train_test_split(numbers, test_size=held_out, stratify=truth, random_state=seed)
@@ -92,11 +98,13 @@ def linear_probe(
         parts = order.tensor_split(math.ceil(len(order) / protocol.batch_size))
         return [(numbers, truth[numbers]) for numbers in parts]
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for epoch in tqdm(range(protocol.epochs), "linear heads", disable=not progress):
-        order = kept[torch.randperm(len(kept), generator=generator)]
+        order = kept[torch.randperm(len(kept), generator=generator, device="cpu")]
         train_epoch(heads, rows(train), batches(order, labels), epoch)
-    top1, top5 = accuracy(heads, rows(test), batches(torch.arange(len(test_labels)), test_labels))
+    top1, top5 = accuracy(
+        heads, rows(test), batches(torch.arange(len(test_labels), device="cpu"), test_labels)
+    )
     chooses = accuracy(heads, rows(train), batches(left, labels))[0] if held_out else None
     return Probe(heads.stages, protocol.lrs, top1, top5, chooses, heads)
 
@@ -107,7 +115,7 @@ def train_epoch(heads: "LinearHeads", extract: Extract, batches: Any, epoch: int
     `extract` runs without gradients, and a module in evaluation mode. Of several processes each
     gives its own images, in equally many batches. Raises ValueError for labels out of range.
     """
-    total = torch.zeros(len(heads.stages), len(heads.lrs), device=heads.lrs.device)
+    total = heads.lrs.new_zeros(len(heads.stages), len(heads.lrs))
     for number, (images, labels) in enumerate(batches):
         if labels.device.type == "cpu":  # elsewhere it would wait for the device
             _check_range(labels, heads.num_classes)
@@ -123,7 +131,8 @@ def accuracy(
     heads: "LinearHeads", extract: Extract, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Top-1 and top-5, each (S, L) float64 in [0, 1] on the CPU, over all processes' images."""
-    right = torch.zeros(2, len(heads.stages), len(heads.lrs), device=heads.lrs.device).double()
+    shape = (2, len(heads.stages), len(heads.lrs))
+    right = heads.lrs.new_zeros(shape, dtype=torch.float64)
     count = right.new_zeros(())
     heads.eval()
     for images, labels in batches:
@@ -165,16 +174,17 @@ class LinearHeads(nn.Module):
         self.protocol, self.dtype = protocol, dtype
         self.distributed = distributed and world_size() > 1
         generator = torch.Generator().manual_seed(seed)
-        starts = [torch.empty(num_classes, x[0].numel()) for x in named.values()]
+        born: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+        starts = [torch.empty(num_classes, x[0].numel(), **born) for x in named.values()]
         starts = [x.normal_(0, INITIAL_STD, generator=generator) for x in starts]
         self.weights = nn.ParameterList(x.repeat(rates, 1, 1) for x in starts)
-        self.biases = nn.ParameterList(torch.zeros(rates, num_classes) for _ in starts)
+        self.biases = nn.ParameterList(torch.zeros(rates, num_classes, **born) for _ in starts)
         zeros = [torch.zeros_like(x) for x in (*self.weights, *self.biases)]
         self.momenta = nn.ParameterList(zeros).requires_grad_(False)
         self.norms = nn.ModuleList()  # without parameters, so that one serves all learning rates
         for x in named.values() if protocol.batch_norm else ():
             self.norms.append(BatchNorm(x.shape[1], sync=self.distributed, affine=False))
-        self.register_buffer("lrs", torch.tensor(protocol.lrs), persistent=False)
+        self.register_buffer("lrs", torch.tensor(protocol.lrs, **born), persistent=False)
         self.to(next(iter(named.values())).device)
 
     def features(self, extract: Extract, images: Tensor) -> Features:
@@ -235,7 +245,9 @@ class LinearHeads(nn.Module):
             cells = weight.shape[1] // norm.num_features
             weight *= (norm.running_var + norm.eps).rsqrt().repeat_interleave(cells)
             bias -= weight @ norm.running_mean.repeat_interleave(cells)
-        linear = nn.Linear(weight.shape[1], self.num_classes, device=weight.device)
+        linear = nn.Linear(
+            weight.shape[1], self.num_classes, device=weight.device, dtype=weight.dtype
+        )
         linear.load_state_dict({"weight": weight, "bias": bias})
         return linear
 
@@ -256,7 +268,11 @@ def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
 
 def _by_stage(features: Features) -> dict[str, Tensor]:
     named = features if isinstance(features, Mapping) else {"pooled": features}
-    return {name: torch.as_tensor(x) for name, x in named.items()}
+    # as_tensor moves tensors too, where `with torch.device(...)` says so.
+    return {
+        name: x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
+        for name, x in named.items()
+    }
 
 
 def _check(train: Any, labels: Tensor, test: Any, test_labels: Tensor, count: int | None) -> int:
@@ -264,20 +280,40 @@ def _check(train: Any, labels: Tensor, test: Any, test_labels: Tensor, count: in
     for part, features, truth in (("train", train, labels), ("test", test, test_labels)):
         counts = {name: len(x) for name, x in features.items()}
         if not len(truth) or set(counts.values()) != {len(truth)}:
-            raise ValueError(f"{part}: {len(truth)} labels of {counts} features; expected as many.")
+            raise ValueError(
+                f"{part}: {len(truth)} labels of {counts} features; expected as many. Give those "
+                "that extract_features returned together."
+            )
         if truth.ndim != 1 or truth.is_floating_point():
-            raise ValueError(f"{part} labels are {truth.dtype} {truth.shape}; expected integers.")
+            raise ValueError(
+                f"{part} labels are {truth.dtype} {tuple(truth.shape)}; expected integers (N,), "
+                "one class an image. Several labels an image are for svm_map."
+            )
         _check_finite(features, part)
-    shapes, others = ({name: x.shape[1:] for name, x in f.items()} for f in (train, test))
+    shapes, others = ({name: tuple(x.shape[1:]) for name, x in f.items()} for f in (train, test))
     if shapes != others:
-        raise ValueError(f"train has features {shapes}, test {others}; expected the same.")
+        raise ValueError(
+            f"train has features {shapes}, test {others}; expected the same. Extract both with one "
+            "network and the same stages."
+        )
+    if count is not None and not is_count(count):
+        raise ValueError(
+            f"num_classes={count!r}; expected an int of at least 1. Leave it out for the largest "
+            "training label plus 1."
+        )
     count = int(labels.max()) + 1 if count is None else count
     _check_range(labels, count)
     unseen = sorted(set(test_labels.tolist()) - set(labels.tolist()))
     if unseen:
-        raise ValueError(f"no training image of classes {unseen[:5]}, which test has. Add some.")
+        raise ValueError(
+            f"no training image of classes {unseen[:5]}, which test has; expected each of its "
+            "classes. Add some, or leave those test images out."
+        )
     if len(labels.unique()) == 1:
-        raise ValueError("all training labels are the same class; expected two classes or more.")
+        raise ValueError(
+            f"all training labels are the same class, {int(labels[0])}; expected two classes or "
+            "more. Look at how the labels are read."
+        )
     return count
 
 
@@ -294,6 +330,6 @@ def _check_finite(features: Mapping[str, Tensor], where: str) -> None:
     for name, x in features.items():
         if not all(part.isfinite().all() for part in x.split(4096)):
             raise ValueError(
-                f"values of the features {name!r} of {where} are not finite. Look for a damaged "
-                "checkpoint, or take the features in float32."
+                f"values of the features {name!r} of {where} are not finite; expected finite ones. "
+                "Look for a damaged checkpoint, or take the features in float32."
             )

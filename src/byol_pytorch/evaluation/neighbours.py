@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from byol_pytorch._arguments import is_count
+
 Device = torch.device | str | None
 
 # Rows of the bank and of the queries that are on the device at once: 512 MiB at 2048 values, and
@@ -45,7 +47,7 @@ def search(
     asked = bank if queries is None else queries
     most = min(len(bank), _BANK_ROWS)
     size = max(1, math.isqrt(most // k))
-    room = torch.empty((most + size) * _QUERY_ROWS, device=where)
+    room = torch.empty((most + size) * _QUERY_ROWS, device=where, dtype=torch.float32)
     step = max(1, torch.get_num_threads() * _IN_CACHE // bank.shape[1])
     step = step if where.type == "cpu" else most
     nearest: list[Tensor] = []
@@ -117,10 +119,10 @@ def _normalised(rows: Tensor, size: int, where: torch.device) -> Iterator[tuple[
 
 def check_k(k: int, bank: Tensor, queries: Tensor | None) -> None:
     most = len(bank) - (queries is None)
-    if not 1 <= k <= most:
+    if not is_count(k) or k > most:
         others = "" if queries is not None else ", of which a sample has itself as no neighbour"
         raise ValueError(
-            f"k={k}; expected 1 to {most}, for the bank holds {len(bank)} samples{others}. Leave "
+            f"k={k!r}; expected 1 to {most}, for the bank holds {len(bank)} samples{others}. Leave "
             "out the larger k."
         )
 
@@ -129,14 +131,21 @@ def check_features(bank: Tensor, queries: Tensor | None) -> None:
     for name, rows in (("bank", bank), ("queries", queries)):
         if rows is None:
             continue
+        if not isinstance(rows, Tensor):
+            raise TypeError(
+                f"{name} is a {type(rows).__name__}; expected a float tensor (N, D). Give "
+                f"torch.as_tensor({name})."
+            )
         if rows.ndim != 2 or not rows.is_floating_point():
             raise ValueError(
-                f"{name} is {tuple(rows.shape)} {rows.dtype}; expected float features (N, D)."
+                f"{name} is {tuple(rows.shape)} {rows.dtype}; expected float features (N, D). "
+                "Pool or flatten maps, and scale integers to floats."
             )
         if not len(rows) or rows.shape[1] != bank.shape[1]:
             raise ValueError(
                 f"{name} is {tuple(rows.shape)} and bank {tuple(bank.shape)}; expected at least "
-                "one sample each, and as many values a sample in both."
+                "one sample each, and as many values a sample in both. Extract them with one "
+                "network."
             )
         for start, part in enumerate(rows.split(_BANK_ROWS)):
             # A norm is not finite where one of its values is not.

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
+from byol_pytorch._arguments import is_count, is_number
 from byol_pytorch.optim import scaled_lr
+
+Optimizer = Literal["sgd", "lars"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Protocol:
     epochs: int
     batch_size: int  # images of one step, over all processes
     base_lrs: tuple[float, ...]  # for 256 images; scaled linearly with the batch
-    optimizer: Literal["sgd", "lars"] = "sgd"  # sgd has Nesterov's momentum
+    optimizer: Optimizer = "sgd"  # sgd has Nesterov's momentum
     momentum: float = 0.9
     weight_decay: float = 0.0
     milestones: tuple[int, ...] = ()  # epochs at which the rate falls to a tenth; none: half cosine
@@ -22,12 +25,18 @@ class Protocol:
     batch_norm: bool = False  # per channel and without affine, before each head
 
     def __post_init__(self) -> None:
-        counts = min(self.epochs, self.batch_size, len(self.base_lrs))
+        if self.optimizer not in get_args(Optimizer):
+            raise ValueError(
+                f"optimizer={self.optimizer!r}; expected one of {get_args(Optimizer)}. Train heads "
+                "with another one in a loop of your own, on stored features."
+            )
+        counts = (self.epochs, self.batch_size, len(self.base_lrs))
         numbers = (*self.base_lrs, self.weight_decay, self.momentum)
-        if counts < 1 or not all(0 <= x < math.inf for x in numbers) or self.momentum >= 1:
+        within = all(is_number(x) and 0 <= x < math.inf for x in numbers) and self.momentum < 1
+        if not all(map(is_count, counts)) or not within:
             raise ValueError(
                 f"{self}; expected 1 or more epochs, images and rates, rates and weight_decay of "
-                "0 or more, momentum in [0, 1)."
+                "0 or more, momentum in [0, 1). Change one by dataclasses.replace(protocol, ...)."
             )
 
     @property

@@ -29,12 +29,14 @@ def average_precision(
     if marks.shape != values.shape or marks.ndim not in (1, 2):
         raise ValueError(
             f"targets came as {marks.shape}, scores as {values.shape}; expected both (N,) or (N, C)"
-            " alike."
+            " alike. Give one score for each target."
         )
     columns, _ = as_targets(marks.reshape(len(marks), -1), "targets")
     values = values.reshape(columns.shape)
     if np.isnan(values).any():
-        raise ValueError("scores hold NaN; expected numbers to rank by.")
+        raise ValueError(
+            "scores hold NaN; expected numbers to rank by. Look at the images they are of."
+        )
     check_counts(columns, "targets", 1, 0)
     pairs = [(values[t != -1, c], t[t != -1] == 1) for c, t in enumerate(columns.T)]
     return np.array([_average_precision(*pair, form) for pair in pairs]).reshape(marks.shape[1:])

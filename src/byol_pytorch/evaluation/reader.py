@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byol_pytorch.inputs import as_dtype
+from byol_pytorch.inputs import for_network
 from byol_pytorch.locate import locate
-from byol_pytorch.pooling import checked
 from byol_pytorch.probe import rebuild, tensors
 from byol_pytorch.representation import Representation, uncompiled
 
@@ -101,6 +100,11 @@ class FeatureReader:
         images: Any,
         stages: Mapping[str, str] | None = None,
     ) -> None:
+        if not (stages is None or isinstance(stages, Mapping)):
+            raise TypeError(
+                f"stages is a {type(stages).__name__}; expected a mapping from names of features "
+                "to layers. Give resnet_stages(net), or {'feature4': 'layer3'}."
+            )
         self.stages = None if stages is None else dict(stages)
         self._net = _network(model) if isinstance(model, nn.Module) else None
         self._read = model
@@ -113,10 +117,10 @@ class FeatureReader:
 
     def __call__(self, images: Any) -> Features:
         if self.stages is None:
-            return checked(self._read(images), "the model")
+            return self._vectors(images)
         maps: dict[str, list[Tensor]] = {name: [] for name in self.stages}
         with _tapped(self._layers, maps):
-            representation = checked(self._read(images), "the model")
+            representation = self._vectors(images)
         for name, found in maps.items():
             if len(found) != 1:
                 raise ValueError(
@@ -125,6 +129,16 @@ class FeatureReader:
                     "be given as it was before."
                 )
         return {POOLED: representation} | {name: found[0] for name, found in maps.items()}
+
+    def _vectors(self, images: Any) -> Tensor:
+        x: Any = self._read(images)
+        if not isinstance(x, Tensor) or x.ndim != 2:
+            came = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise ValueError(
+                f"The model gives {came}; expected features (B, D). Let it pool them, for example "
+                "lambda images: net(images).mean((2, 3)) of maps."
+            )
+        return x
 
 
 def _is_learner(model: Any) -> bool:
@@ -159,18 +173,15 @@ def _found(net: nn.Module, images: Any, dtype: torch.dtype) -> Callable[[Any], T
             "as it was trained with. Do that in the loader, or pass the BYOL learner, which does."
         )
 
-    def in_dtype(inputs: Any) -> Any:
-        cast = torch.is_autocast_enabled(tensors(inputs)[0].device.type)
-        return inputs if cast else as_dtype(inputs, dtype)
-
+    two = rebuild(images, iter([x[:2] for x in some]))
     try:
-        source = locate(net, in_dtype(rebuild(images, iter([x[:2] for x in some]))), "auto", "auto")
+        source = locate(net, for_network(two, dtype), "auto", "auto")
     except ValueError as error:
         raise ValueError(
             f"{error} Here that means: pass a callable that gives (B, D) in place of the network."
         ) from error
     representation = Representation(net, source.source)
-    return lambda inputs: representation(net, in_dtype(inputs))
+    return lambda inputs: representation(net, for_network(inputs, dtype))
 
 
 def _find_layers(net: nn.Module | None, stages: Mapping[str, str]) -> dict[str, nn.Module]:
@@ -178,8 +189,8 @@ def _find_layers(net: nn.Module | None, stages: Mapping[str, str]) -> dict[str, 
         return {}
     if net is None or POOLED in stages:
         raise ValueError(
-            f"stages names layers of a network, and {POOLED!r} is the representation's name. Give "
-            "a network, and other names."
+            f"stages={dict(stages)}; expected layers of a network by names other than {POOLED!r}, "
+            "which is the representation's. Give a network, not a function, and other names."
         )
     layers = dict(net.named_modules(remove_duplicate=False))
     for name, layer in stages.items():
@@ -187,7 +198,7 @@ def _find_layers(net: nn.Module | None, stages: Mapping[str, str]) -> dict[str, 
             near = difflib.get_close_matches(layer, layers, n=5, cutoff=0.3) or list(layers)[1:8]
             raise ValueError(
                 f"stages[{name!r}] is {layer!r}, which is no layer of {type(net).__name__}. "
-                f"Nearest names: {', '.join(near)}."
+                f"Nearest names: {', '.join(near)}. Give one of them."
             )
     return {name: layers[layer] for name, layer in stages.items()}
 

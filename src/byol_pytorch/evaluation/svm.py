@@ -17,6 +17,7 @@ from joblib import delayed
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from byol_pytorch._arguments import is_count, is_number
 from byol_pytorch.evaluation._svm_fits import SVMs, fit, in_span, run, validate
 from byol_pytorch.evaluation._svm_input import (
     Array,
@@ -108,8 +109,8 @@ def svm_map(
     counts the fits that `max_iter` ended.
     """
     options = _options(costs, metric, positive_weight, tol, max_iter, seed)
-    if folds < 2:
-        raise ValueError(f"folds={folds}; expected at least 2, the protocol's are 3.")
+    if not is_count(folds) or folds < 2:
+        raise ValueError(f"folds={folds!r}; expected an int of at least 2. The protocol's are 3.")
     task = open_task(train_features, train_labels, test_features, test_labels)
     targets = task.train_targets
     if train_on_ignored:
@@ -164,10 +165,10 @@ def low_shot_map(
     Takes and raises what svm_map does, and ValueError where a class has fewer samples than shots.
     """
     options = _options(costs, metric, positive_weight, tol, max_iter, seed)
-    if not len(shots) or min(shots) < 1 or samplings < 1:
+    if not len(shots) or not all(map(is_count, (*shots, samplings))):
         raise ValueError(
-            f"shots={tuple(shots)}, samplings={samplings}; expected shots of at least 1 and at "
-            "least one sampling."
+            f"shots={tuple(shots)}, samplings={samplings!r}; expected shots of at least 1 and at "
+            f"least one sampling. The protocol's are {VOC07_SHOTS} and 5."
         )
     task = open_task(train_features, train_labels, test_features, test_labels)
     labels = task.train_targets if task.train_classes is None else task.train_classes
@@ -250,10 +251,11 @@ def _options(
     """LinearSVC's, as in train_svm_kfold.py."""
     check_form(metric)
     numbers = (*costs, positive_weight, tol, max_iter)
-    if not len(costs) or not all(0 < number < np.inf for number in numbers):
+    if not len(costs) or not all(is_number(x) and 0 < x < np.inf for x in numbers):
         raise ValueError(
             f"costs={tuple(costs)}, positive_weight={positive_weight}, tol={tol}, max_iter="
-            f"{max_iter}; expected positive numbers, and at least one cost."
+            f"{max_iter}; expected positive numbers, and at least one cost. Leave them out for the "
+            "protocol's."
         )
     return {
         "penalty": "l2",

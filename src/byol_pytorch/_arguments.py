@@ -1,0 +1,70 @@
+"""Plain arguments of the constructor, each refused in one sentence where it does not fit.
+
+Silent otherwise: a width of 0 trains nothing, a temperature of 0 gives NaN, "False" is true.
+"""
+
+import math
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+
+def check_sizes(sizes: Mapping[str, Any], temperature: Any) -> None:
+    """Raise ValueError unless the widths of the heads are counts, and the temperature above 0."""
+    for name, value in sizes.items():
+        if not is_count(value):
+            raise ValueError(
+                f"{name}={value!r}; expected an int of at least 1. Leave it out for the default."
+            )
+    if not is_number(temperature) or not 0 < temperature < math.inf:
+        raise ValueError(
+            f"sem_temperature={temperature!r}; expected a finite number above 0, for example 0.1."
+        )
+
+
+def check_flags(flags: Mapping[str, Any], sync_batchnorm: Any) -> None:
+    """Raise TypeError for what is no bool, such as "False", which would count as true."""
+    for name, value in flags.items():
+        if not _is_flag(value):
+            raise TypeError(f"{name}={value!r}; expected a bool. Give {name}=True or {name}=False.")
+    if sync_batchnorm is not None and not _is_flag(sync_batchnorm):
+        raise TypeError(
+            f"sync_batchnorm={sync_batchnorm!r}; expected a bool or None. Give None to synchronise "
+            "the heads whenever several processes train."
+        )
+
+
+def check_augmentations(augment_fn: Any, augment_fn2: Any) -> None:
+    """Raise TypeError for augmentations that cannot be called."""
+    for name, value in (("augment_fn", augment_fn), ("augment_fn2", augment_fn2)):
+        if value is not None and not callable(value):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}; expected a callable from (B, C, H, W) to a "
+                "view, or None. A pair of them, as byol_views gives, goes in as augment_fn=first, "
+                "augment_fn2=second."
+            )
+
+
+def check_hidden_layer(hidden_layer: Any) -> None:
+    """Raise TypeError for what names no layer; a bool would count as an index."""
+    if isinstance(hidden_layer, bool) or not isinstance(hidden_layer, str | int):
+        raise TypeError(
+            f"hidden_layer={hidden_layer!r}; expected a layer's dotted name, an index into "
+            "net.children(), or 'auto'. Print [name for name, _ in net.named_modules()] for names."
+        )
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a real number of Python or numpy, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_count(value: Any) -> bool:
+    """Whether `value` is an integer of Python or numpy of at least 1, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1))
