@@ -527,15 +527,13 @@ def by_layer(groups: list[dict[str, Any]], net: nn.Module, decay: float) -> list
     return split
 
 
-def parallel(
-    learner: BYOL, recipe: Recipe, plan: Plan, args: argparse.Namespace
-) -> nn.Module:
+def parallel(learner: BYOL, recipe: Recipe, plan: Plan, args: argparse.Namespace) -> nn.Module:
     if plan.world == 1 or args.fsdp:
         return learner
     for name in learner.ddp_ignored():  # DDP leaves these alone, at the start too
         dist.broadcast(learner.get_parameter(name).data, src=0)
     ids = [plan.device.index] if plan.device.type == "cuda" else None
-    # The heads' statistics are the same on all ranks, the backbone's where it synchronises them too.
+    # Statistics are the same on all ranks, unless the backbone's are each rank's own.
     differ = not (args.sync_bn or recipe.freeze_bn)
     return DistributedDataParallel(
         learner, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=differ

@@ -130,9 +130,9 @@ def sync_batchnorm(net: Net) -> Net:
     norms = [(name, m) for name, m in net.named_modules() if isinstance(m, _BatchNorm)]
     norms = [(name, m) for name, m in norms if not isinstance(m, Synchronised | nn.SyncBatchNorm)]
     if any(type(m) not in kinds for _, m in norms):  # timm takes a while to import
-        from byol_pytorch._timm_norm import BatchNormAct2d, SyncBatchNormAct2d
+        from byol_pytorch._timm_norm import TIMM
 
-        kinds[BatchNormAct2d] = SyncBatchNormAct2d
+        kinds |= TIMM
     for name, m in norms:
         if type(m) not in kinds:
             raise TypeError(
@@ -187,9 +187,10 @@ class _SyncNorm(torch.autograd.Function):
         # In eager mode they move a third of the bytes of the formula below.
         kernels = x.is_cuda and x.numel() > 0 and not torch.compiler.is_compiling()
         if kernels:
-            sum_dy, sum_dy_centred, _, _ = torch.batch_norm_backward_reduce(
+            sums: Any = torch.batch_norm_backward_reduce(
                 dy, x, mean, invstd, scale, True, False, False
             )
+            sum_dy, sum_dy_centred = sums[:2]
         else:
             each = (-1,) + (1,) * (x.ndim - 2)  # broadcasts over images and positions
             centred = x - mean.view(each)
@@ -220,15 +221,13 @@ def _joint_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     and one message instead of the two that a sum and then centred squares take.
     """
     channels, dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32)
-    if not x.numel():
-        own = x.new_zeros(2, channels, dtype=dtype).unbind()
-    elif torch.compiler.is_compiling():
-        own = torch.var_mean(x.to(dtype), _all_but_channels(x), correction=0)[::-1]
-    else:  # without a copy of x in float32
-        unused = torch.zeros(2, channels, dtype=dtype, device=x.device)
-        own = torch.batch_norm_update_stats(x, *unused, 0.0)
-    count = own[0].new_full((1,), x.numel() // channels)
-    moments = _gather(torch.cat((*own, count)))
+    mean, variance = torch.zeros(2, channels, dtype=dtype, device=x.device)
+    if x.numel() and torch.compiler.is_compiling():
+        variance, mean = torch.var_mean(x.to(dtype), _all_but_channels(x), correction=0)
+    elif x.numel():  # without a copy of x in float32; the zeros stay, they set the dtype
+        mean, variance = torch.batch_norm_update_stats(x, mean, variance, 0.0)
+    count = mean.new_full((1,), x.numel() // channels)
+    moments = _gather(torch.cat((mean, variance, count)))
     means, variances, counts = moments.split((channels, channels, 1), dim=1)
     total = counts.sum()
     parts = counts / total

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,8 @@ def nearest_neighbours(
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
     """Products of float32 as such, whatever torch.set_float32_matmul_precision says outside."""
-    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends
+    places = (backends.cuda.matmul, backends.mkldnn.matmul)
     each = [place.fp32_precision for place in places]
     try:
         overall = torch.get_float32_matmul_precision()
