@@ -109,9 +109,9 @@ class Job:
         else:
             os.kill(pid, number)
 
-    def end(self) -> list[int | None]:
+    def end(self, deadline: float = DEADLINE) -> list[int | None]:
         for process in self.processes:
-            process.join(DEADLINE)
+            process.join(deadline)
             if process.is_alive():
                 process.kill()
                 pytest.fail(f"still running: {self.text()}")
@@ -120,8 +120,8 @@ class Job:
     def text(self) -> str:
         return self.printed.read_text() if self.printed.exists() else ""
 
-    def ends_well(self) -> "Job":
-        codes = self.end()
+    def ends_well(self, deadline: float = DEADLINE) -> "Job":
+        codes = self.end(deadline)
         assert codes == [0] * len(codes), self.text()
         return self
 

@@ -372,3 +372,32 @@ def test_a_copy_after_an_update_follows_its_own_network(copied):
     nn.init.constant_(model.net[0].weight, 1)
     twin.update_moving_average()
     assert twin.target.net[0].weight.unique().tolist() == [2]
+
+
+def test_a_step_that_a_scaler_skips_moves_the_target_unless_the_fallen_scale_is_heeded():
+    learner = BYOL(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 16,
+        projection_size=4, projection_hidden_size=8, total_steps=10, moving_average_decay=0.5,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(learner.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def step(overflows: bool, heed: bool) -> tuple[bool, bool, bool]:
+        """Whether network, target and decay moved."""
+        weights = [learner.net[0].weight, learner.target.net[0].weight]
+        before, decay = [w.detach().clone() for w in weights], learner.moving_average_decay
+        optimizer.zero_grad()
+        scaler.scale(learner(*torch.randn(2, 4, 3, 16, 16))).backward()
+        if overflows:
+            weights[0].grad[0] = torch.inf
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if not (heed and scaler.get_scale() < scale):
+            learner.update_moving_average()
+        net, target = (not torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+        return net, target, learner.moving_average_decay != decay
+
+    assert step(overflows=False, heed=True) == (True, True, True)
+    assert step(overflows=True, heed=False) == (False, True, True)
+    assert step(overflows=True, heed=True) == (False, False, False)

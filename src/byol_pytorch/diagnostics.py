@@ -7,7 +7,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def health(projections: Tensor, predictions: Tensor, targets: Tensor) -> dict[str, float]:
-    """The three figures below as Python floats, by one synchronisation with the device.
+    """The three figures below as Python floats, for which the host waits for the device.
 
     NaN where the features hold NaN or infinite values, as those of a diverged network.
     """

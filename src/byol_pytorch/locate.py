@@ -223,7 +223,7 @@ def _varied(inputs: Any) -> Any:
     def vary(x: Tensor) -> Tensor:
         if not x.ndim or not x.is_floating_point():
             return x
-        scale, shift = torch.randn_like(x[:, None].flatten(1)[:, :2]).T
+        scale, shift = torch.randn(2, len(x), device=x.device, dtype=x.dtype)
         shape = (-1, *[1] * (x.ndim - 1))
         return x * scale.view(shape) + shift.view(shape)
 

@@ -1,7 +1,7 @@
 """The container of a view's stages: kornia's ImageSequential at the speed of a training step."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import kornia.augmentation as K
@@ -85,9 +85,8 @@ class ViewSequential(K.ImageSequential):
         params = []
         shape = torch.Size(batch_shape)
         for name, stage in self.get_forward_sequence():
-            draws = (
-                stage.forward_parameters(shape) if hasattr(stage, "forward_parameters") else None
-            )
+            draw: Any = getattr(stage, "forward_parameters", lambda shape: None)
+            draws = draw(shape)
             if isinstance(draws, dict) and torch.compiler.is_compiling():
                 del draws["forward_input_shape"]  # a kernel on the CPU for each number of it
             params.append(ParamItem(name, draws))
@@ -116,7 +115,7 @@ class ViewSequential(K.ImageSequential):
         """The images through the stages with the draws `params`."""
         steps = [self._step(item, input) for item in params]
         if input.shape[1] != 3:
-            steps = [step for step in steps if not getattr(step.stage, "rgb_only", False)]
+            steps = [step for step in steps if not _rgb_only(step.stage)]
         count = len(input)
         if not torch.compiler.is_compiling() and all(step.by_image for step in steps):
             height, width = self.image_size or input.shape[2:]
@@ -142,24 +141,20 @@ class ViewSequential(K.ImageSequential):
     def statistics(self, channels: int) -> tuple[Tensor, Tensor] | None:
         """Mean and std, one value a channel, that the Normalize stages take from the views and
         divide them by; None without such a stage. Raises ValueError for another channel count."""
-        mean, std = torch.zeros(channels), torch.ones(channels)
-        found = False
+        found: tuple[Tensor, Tensor] | None = None
         for stage in self:
-            if not isinstance(stage, K.Normalize) or (
-                channels != 3 and getattr(stage, "rgb_only", False)
-            ):
+            if not isinstance(stage, K.Normalize) or (channels != 3 and _rgb_only(stage)):
                 continue
-            found = True
-            of_stage = [stage.flags[name].detach().flatten() for name in ("mean", "std")]
-            for name, values in zip(("mean", "std"), of_stage, strict=True):
-                if len(values) not in (1, channels):
+            values = {name: stage.flags[name].detach().flatten() for name in ("mean", "std")}
+            for name, value in values.items():
+                if len(value) not in (1, channels):
                     raise ValueError(
-                        f"{name} has {len(values)} values, the images have {channels} channels. "
+                        f"{name} has {len(value)} values, the images have {channels} channels. "
                         f"Expected one value a channel; {name}=None leaves it out."
                     )
-            mean, std = (x.to(of_stage[0].device) for x in (mean, std))
-            mean, std = mean + std * of_stage[0], std * of_stage[1]
-        return (mean, std) if found else None
+            mean, std = (value.expand(channels) for value in values.values())
+            found = (mean, std) if found is None else (found[0] + found[1] * mean, found[1] * std)
+        return found
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images of any size as the views are, but not augmented: float32, clipped to [0, 1] and
@@ -176,7 +171,7 @@ class ViewSequential(K.ImageSequential):
     # nn.Sequential's ways to change a list, which kornia's names of the stages break.
 
     def __getitem__(self, index: Any) -> Any:
-        found = list(self.children())[index]
+        found = list(self)[index]
         if not isinstance(index, slice):
             return found
         return ViewSequential(
@@ -188,25 +183,24 @@ class ViewSequential(K.ImageSequential):
         )
 
     def __setitem__(self, index: int, stage: nn.Module) -> None:
-        stages = list(self.children())
+        stages = list(self)
         stages[index] = stage
         self._restack(stages)
 
     def __delitem__(self, index: int | slice) -> None:
-        stages = list(self.children())
+        stages = list(self)
         del stages[index]
         self._restack(stages)
 
     def insert(self, index: int, module: nn.Module) -> "ViewSequential":
-        stages = list(self.children())
+        stages = list(self)
         stages.insert(index, module)
         return self._restack(stages)
 
     def append(self, module: nn.Module) -> "ViewSequential":
         return self.insert(len(self), module)
 
-    def _restack(self, stages: Iterable[nn.Module]) -> "ViewSequential":
-        stages = list(stages)
+    def _restack(self, stages: list[nn.Module]) -> "ViewSequential":
         self._modules = dict(K.ImageSequential(*stages)._modules)
         self._params, self._compiled = None, None
         return self
@@ -298,10 +292,7 @@ def _apply_to_drawn(images: Tensor, step: Step, rows: slice, extra_args: Any) ->
     direct = _is_direct(stage, extra_args)
     chosen = list(range(len(images)))
     if not _always(stage) and (direct or isinstance(stage, K.IntensityAugmentationBase2D)):
-        gate = draws["batch_prob"]
-        gate = (gate if len(gate) == 1 else gate[rows]).tolist() * (
-            len(images) if len(gate) == 1 else 1
-        )
+        gate = _take(draws, rows)["batch_prob"].expand(len(images)).tolist()
         chosen = [row for row, drawn in enumerate(gate) if drawn > 0.5]
     if not chosen:
         return images
@@ -336,6 +327,10 @@ def _as_kornia(images: Tensor, stage: Any, draws: Any, extra_args: Any) -> Tenso
 def _is_direct(stage: Any, extra_args: Any) -> bool:
     hooked = stage._forward_hooks or stage._forward_pre_hooks
     return type(stage) in DIRECT and not hooked and not extra_args
+
+
+def _rgb_only(stage: Any) -> bool:
+    return getattr(stage, "rgb_only", False)
 
 
 def _always(stage: Any) -> bool:

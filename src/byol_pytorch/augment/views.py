@@ -3,7 +3,6 @@
 The stages that are not kornia's own stand in stages.py, the container in pipeline.py.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -132,18 +131,12 @@ def _view(
     from byol_pytorch.augment.pipeline import ViewSequential
 
     size = sides(image_size)
-    chances = {
-        "flip": flip, "vertical_flip": vertical_flip, "rotate90": rotate90, "jitter": jitter,
-        "grayscale": grayscale, "blur": blur, "solarize": solarize,
-        "solarize_threshold": solarize_threshold,
-    }  # fmt: skip
-    for name, value in chances.items():
-        _check_number(name, value, 1)
-    strengths = {
-        "brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue,
-    }  # fmt: skip
-    for name, value in strengths.items():
-        _check_number(name, value, 0.5 if name == "hue" else math.inf)
+    for name, chance in (
+        ("flip", flip), ("vertical_flip", vertical_flip), ("rotate90", rotate90),
+        ("jitter", jitter), ("grayscale", grayscale), ("blur", blur), ("solarize", solarize),
+        ("solarize_threshold", solarize_threshold),
+    ):  # fmt: skip
+        _check_chance(name, chance)
     for name, pair in (("scale", scale), ("ratio", ratio), ("sigma", sigma)):
         _check_range(name, pair)
     if semantics not in ("torchvision", "deepmind"):
@@ -167,7 +160,7 @@ def _view(
     if rotate90:
         turns = (1, 3) if size[0] == size[1] else (2, 2)  # a quarter turn of a rectangle fits not
         stages.append(ours.RandomRotation90(turns, p=rotate90))
-    if jitter and any(strengths.values()):
+    if jitter and any((brightness, contrast, saturation, hue)):
         stages.append(
             ours.ColorJitter(brightness, contrast, saturation, hue, p=jitter, semantics=semantics)
         )
@@ -237,10 +230,9 @@ def sides(image_size: Any) -> tuple[int, int]:
     return (pair[0], pair[1])
 
 
-def _check_number(name: str, value: Any, high: float) -> None:
-    if not is_number(value) or not 0 <= value <= high:
-        bound = f"a number in [0, {high:g}]" if high < math.inf else "a number of at least 0"
-        raise ValueError(f"{name}={value!r}. Expected {bound}; 0 switches it off.")
+def _check_chance(name: str, value: Any) -> None:
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}. Expected a number in [0, 1]; 0 switches it off.")
 
 
 def _check_range(name: str, pair: Any) -> None:
