@@ -294,22 +294,26 @@ def _jitter_rows(
     """Each step for the images whose turn it is, which are brought next to each other for it."""
     owns = torch.arange(0.0, 2 * images.shape[1], 2)[:, None, None]
     idle = [set(f.tolist()) == {0.0 if n == HUE else 1.0} for n, f in enumerate(factors)]
+
+    def change(some: Tensor, number: int, factor: Tensor) -> Tensor:
+        if number >= len(steps) or idle[number]:
+            return some
+        return steps[number](some, Image(some.split(1, dim=1), owns), factor.view(-1, 1, 1, 1))
+
+    if len(images) == 1:
+        for number in orders[0].tolist():
+            images = change(images, number, factors[number])
+        return images
     place = torch.arange(len(images))  # in the batch, of the images as they lie now
     for turn in orders.T:
         numbers, sorting = turn[place].sort()
-        counts = numbers.bincount(minlength=4).tolist()
-        if max(counts) < len(images):
-            place, images = place[sorting], images.index_select(0, sorting)
-        groups = zip(steps, factors, idle, images.split(counts), place.split(counts), strict=False)
-        for step, factor, is_idle, some, rows in groups:
-            if len(rows) and not is_idle:
-                channels = some.split(1, dim=1)
-                changed = step(some, Image(channels, owns), factor[rows].view(-1, 1, 1, 1))
-                if len(rows) == len(images):
-                    images = changed
-                else:
-                    some.copy_(changed)
-    return images.index_select(0, place.argsort()) if len(images) > 1 else images
+        place, images = place[sorting], images.index_select(0, sorting)
+        counts = numbers.bincount(minlength=len(factors)).tolist()
+        groups = zip(images.split(counts), place.split(counts), strict=True)
+        for number, (some, rows) in enumerate(groups):
+            if len(rows):
+                some.copy_(change(some, number, factors[number][rows]))
+    return images.index_select(0, place.argsort())
 
 
 def _jitter_all(
