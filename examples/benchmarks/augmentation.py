@@ -69,8 +69,8 @@ def main() -> None:
         print_tables(of_size)
         rows += of_size
     if args.json:
-        paths = {name: str(path) for name, path in vars(args).items() if isinstance(path, Path)}
-        setting = {**vars(args), **paths, "device": name, "copy_gb_per_s": bandwidth / 1e9}
+        setting = {**vars(args), "json": None, "peers": None, "device": name}
+        setting["copy_gb_per_s"] = bandwidth / 1e9
         args.json.write_text(
             json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
         )
@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     gpu = torch.cuda.is_available()
     add = parser.add_argument
-    add("--sizes", type=int, nargs="+", default=[32, 96, 224], help="side of the views")
+    add("--sizes", type=int, nargs="+", default=[32, 96, 224], help="default: %(default)s")
     add("--views", type=int, nargs="+", default=[1, 2], choices=[1, 2])
     add("--batch", type=int, default=256 if gpu else 32, help="default: %(default)s")
     add("--rounds", type=int, default=11, help="turns of each method; default: %(default)s")
