@@ -57,10 +57,10 @@ from finetune_loop import (
 from pretrain_data import flag
 from pretrain_state import seed_of, the_only_run
 from pretrain_watch import Journal
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from byol_pytorch.heads import sync_batchnorm
 from byol_pytorch.optim import scaled_lr, warmup_cosine
 
 
@@ -127,8 +127,8 @@ def fine_tune(
     args: argparse.Namespace,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train; the figures of each epoch. Goes on from OUTPUT/last.pt, with the same images."""
-    if world_size() > 1 and args.device.startswith("cuda"):
-        net = convert_sync_batchnorm(net)  # nn.SyncBatchNorm is for GPUs only
+    if world_size() > 1:
+        sync_batchnorm(net)
     lr = scaled_lr(recipe.base_lr, recipe.total_batch)
     groups = [
         {"params": net.backbone.parameters(), "scale": 1.0},

@@ -22,12 +22,12 @@ from evaluation_parts import DTYPES, check_common, common_flags, fail
 from pretrain_data import leave_signals_to_the_trainer
 from pretrain_state import asked_to_stop, seed_of, the_only_run
 from pretrain_watch import Journal
-from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from byol_pytorch import checkpoint
+from byol_pytorch.heads import sync_batchnorm
 
 # Flags that may differ when a run goes on: where, how fast and how closely watched.
 FREE = ("data", "output", "json", "workers", "device", "eval_every", "save_every", "log_every")
@@ -204,8 +204,8 @@ def fine_tune(
     and gives its figures on rank 0. OUTPUT/last.pt holds the state of the run.
     """
     assert isinstance(images, Sized)
-    if world_size() > 1 and args.device.startswith("cuda"):
-        net = convert_sync_batchnorm(net)  # in place; nn.SyncBatchNorm is for GPUs only
+    if world_size() > 1:
+        sync_batchnorm(net)
     net.to(args.device)
     trained = [p for p in net.parameters() if p.requires_grad]
     # The norms decay too, as in MMDetection and MMSegmentation.
@@ -262,7 +262,8 @@ def parallel(net: nn.Module, args: argparse.Namespace) -> nn.Module:
     if world_size() == 1:
         return net
     ids = [torch.device(args.device).index] if args.device.startswith("cuda") else None
-    return DistributedDataParallel(net, device_ids=ids)
+    # Synchronised batch norms have the same statistics everywhere.
+    return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 
 
 def mean_of(losses: list[dict[str, Tensor]]) -> Figures:

@@ -63,6 +63,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from byol_pytorch import BYOL, checkpoint
 from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, PRESETS, byol_views
+from byol_pytorch.heads import sync_batchnorm
 from byol_pytorch.optim import LARS, param_groups, scaled_decay, scaled_lr, warmup_cosine
 
 
@@ -203,7 +204,7 @@ def train(
     stop: list[int],
 ) -> bool:  # fmt: skip
     """The whole of BYOL's training loop; whether it came to its end."""
-    model, clock = parallel(learner, plan, args), watch.clock
+    model, clock = parallel(learner, recipe, plan, args), watch.clock
     verdicts, undo = Verdicts(plan.device, plan.world), Undo(learner, optimizer)
     batches = views.batches(progress.step)
     while progress.step < plan.steps:
@@ -284,7 +285,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     add("--compile", action="store_true")
     add("--fsdp", action="store_true", help="shard weights and optimizer over the processes")
     add("--channels-last", action=switch, default=True)
-    add("--sync-bn", action=switch, default=True, help="the backbone's, on several CUDA devices")
+    add("--sync-bn", action=switch, default=True, help="the backbone's, over all processes")
     add("--save-every", type=int, default=500, help="steps")
     add("--log-every", type=int, default=10, help="steps")
     add("--health-every", type=int, default=500, help="steps between looks for collapse")
@@ -441,8 +442,8 @@ def build_learner(
         mean, std = state["normalisation"] if state else initialise(net, plan, args)
         if recipe.freeze:
             frozen(net, recipe.freeze).requires_grad_(False)
-        if plan.world > 1 and plan.device.type == "cuda" and args.sync_bn and not recipe.freeze_bn:
-            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        if plan.world > 1 and args.sync_bn and not recipe.freeze_bn:
+            net = sync_batchnorm(net)
         learner = BYOL(
             net,
             recipe.image_size,
@@ -530,13 +531,19 @@ def by_layer(groups: list[dict[str, Any]], net: nn.Module, decay: float) -> list
     return split
 
 
-def parallel(learner: BYOL, plan: Plan, args: argparse.Namespace) -> nn.Module:
+def parallel(
+    learner: BYOL, recipe: Recipe, plan: Plan, args: argparse.Namespace
+) -> nn.Module:
     if plan.world == 1 or args.fsdp:
         return learner
     for name in learner.ddp_ignored():  # DDP leaves these alone, at the start too
         dist.broadcast(learner.get_parameter(name).data, src=0)
     ids = [plan.device.index] if plan.device.type == "cuda" else None
-    return DistributedDataParallel(learner, device_ids=ids, gradient_as_bucket_view=True)
+    # The heads' statistics are the same on all ranks, the backbone's where it synchronises them too.
+    differ = not (args.sync_bn or recipe.freeze_bn)
+    return DistributedDataParallel(
+        learner, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=differ
+    )
 
 
 def synchronised(model: Any, last: bool) -> AbstractContextManager[Any]:

@@ -15,11 +15,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from byol_pytorch import BYOL
-from byol_pytorch.heads import BatchNorm
+from byol_pytorch.heads import BatchNorm, sync_batchnorm
 
 STEPS, BATCH, WORLD = 3, 8, 2
+SYNCHRONISED = "with sync_batchnorm, "  # a backbone of batch norms
 EAGER = ("ddp", "ddp_wrapper", "fsdp_root", "fsdp_blocks", "fsdp_net")
+EAGER += (f"{SYNCHRONISED}ddp", f"{SYNCHRONISED}fsdp_blocks")
 COMPILED = ("compiled_ddp", "ddp_of_compiled", "fsdp_root_compiled")
+COMPILED += (f"{SYNCHRONISED}compiled_ddp",)
 BACKEND = "aot_eager"  # captures the same single graph as inductor, without its code generation
 
 
@@ -62,8 +65,9 @@ class Wrapper(nn.Module):
 
 
 def wrapped(learner: BYOL, how: str) -> nn.Module:
-    if how == "ddp":
-        return DDP(learner)
+    if how == "ddp":  # buffers that are the same by themselves need no broadcast
+        differ = any(isinstance(m, nn.GroupNorm) for m in learner.modules())
+        return DDP(learner, broadcast_buffers=differ)
     if how == "ddp_wrapper":
         return DDP(Wrapper(learner))
     if how == "compiled_ddp":
@@ -102,9 +106,14 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
+def synchronised_norm(channels: int) -> nn.Module:
+    return sync_batchnorm(nn.BatchNorm2d(channels))
+
+
 def scenario(how: str, rank: int) -> dict:
     torch._dynamo.reset()
-    learner = build()
+    learner = build(synchronised_norm if how.startswith(SYNCHRONISED) else group_norm)
+    how = how.removeprefix(SYNCHRONISED)
     losses = train(learner, wrapped(learner, how), rank, WORLD)
     dist.all_reduce(losses)
     classifier = learner.net[4].weight
@@ -188,8 +197,7 @@ def work(rank: int, names: tuple[str, ...], port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    extra = {"batch_norm": batch_norm, "details": details, "sync_batch_norm": sync_batch_norm}
-    extra["moody"] = moody
+    extra = {"batch_norm": batch_norm, "details": details, "moody": moody, "on_cuda": on_cuda}
     results = {n: extra[n](rank) if n in extra else scenario(n, rank) for n in names}
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
@@ -203,9 +211,8 @@ def run(names: tuple[str, ...], folder: Path) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict:
-    learner = build()
+def one_process(norm: Callable[[int], nn.Module]) -> dict:
+    learner = build(norm)
     losses = train(learner, learner, 0, 1)
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(5))
     learner.eval()
@@ -213,7 +220,14 @@ def alone() -> dict:
     return {"losses": losses, "state": learner.state_dict(), "embedding": embedding}
 
 
-def check_equals_one_process(results: list[dict], how: str, alone: dict) -> None:
+@pytest.fixture(scope="module")
+def alone() -> dict[bool, dict]:
+    """By whether the backbone has batch norms."""
+    return {False: one_process(group_norm), True: one_process(nn.BatchNorm2d)}
+
+
+def check_equals_one_process(results: list[dict], how: str, alones: dict[bool, dict]) -> None:
+    alone = alones[how.startswith(SYNCHRONISED)]
     for result in (r[how] for r in results):
         torch.testing.assert_close(result["losses"], alone["losses"], atol=1e-5, rtol=1e-5)
         assert set(result["state"]) == set(alone["state"])
@@ -284,31 +298,20 @@ class TestTwoCompiledProcesses:
         check_equals_one_process(compiled, how, alone)
 
 
-def sync_batch_norm(rank: int) -> dict:
-    """A backbone with nn.SyncBatchNorm, both ranks on one GPU."""
-    learner = build(norm=nn.BatchNorm2d)
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(learner.net)
-    model = BYOL(
-        net,
-        16,
-        projection_size=8,
-        projection_hidden_size=32,
-        moving_average_decay=0.9,
-        total_steps=10,
-    )
-    model.load_state_dict(learner.state_dict())
-    model.cuda()
-    losses = train(model, DDP(model), rank, WORLD)
+def on_cuda(rank: int) -> dict:
+    """A backbone whose batch norms span both ranks, which share one GPU."""
+    learner = build(synchronised_norm).cuda()
+    losses = train(learner, DDP(learner), rank, WORLD)
     dist.all_reduce(losses)
-    state = {name: value.cpu() for name, value in model.state_dict().items()}
+    state = {name: value.cpu() for name, value in learner.state_dict().items()}
     return {"losses": losses.cpu() / WORLD, "state": state}
 
 
 @pytest.mark.gpu
-def test_a_backbone_with_sync_batch_norm_equals_one_process_on_cuda(tmp_path):
+def test_a_backbone_with_sync_batchnorm_equals_one_process_on_cuda(tmp_path):
     learner = build(norm=nn.BatchNorm2d).cuda()
     losses = train(learner, learner, 0, 1)
-    for result in (r["sync_batch_norm"] for r in run(("sync_batch_norm",), tmp_path)):
+    for result in (r["on_cuda"] for r in run(("on_cuda",), tmp_path)):
         torch.testing.assert_close(result["losses"], losses.cpu(), atol=1e-4, rtol=1e-4)
         for name, value in learner.state_dict().items():
             torch.testing.assert_close(result["state"][name], value.cpu(), atol=1e-3, rtol=1e-3)

@@ -1,5 +1,6 @@
 """Nearest neighbours and their votes: against scikit-learn, by hand, in parts, and wrong inputs."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -218,6 +219,48 @@ def test_other_dtypes_are_worked_on_in_float32(dtype):
     expected = knn_predict(bank.float(), labels, queries.float(), k=20)
     assert torch.equal(knn_predict(bank, labels, queries, k=20), expected)
     assert math.isfinite(knn_accuracy(bank, labels, queries, truth, k=20))
+
+
+@pytest.fixture
+def precision():
+    """What torch's two ways to allow less than float32 in products say."""
+
+    def now() -> tuple[str, ...]:
+        try:
+            overall = torch.get_float32_matmul_precision()
+        except RuntimeError:  # where one place differs from what was set for all
+            overall = "mixed"
+        places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        return (overall, *(place.fp32_precision for place in places))
+
+    yield now
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("how", ["high", "medium", "allow_tf32", "fp32_precision", "nothing"])
+def test_products_are_of_full_float32_whatever_is_allowed_outside(
+    how, fails, precision, monkeypatch
+):
+    if how in ("high", "medium"):
+        torch.set_float32_matmul_precision(how)
+    if how == "allow_tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if how == "fp32_precision":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    before, inside, mm = precision(), set(), torch.mm
+
+    def watched(*arguments, **options):
+        inside.add(precision())
+        if fails:
+            raise RuntimeError("as where memory is short")
+        return mm(*arguments, **options)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        nearest_neighbours(torch.randn(20, 4), k=3)
+    assert inside == {("highest", "ieee", "ieee")}
+    assert precision() == before
 
 
 def test_nothing_is_changed_and_no_gradient_kept():

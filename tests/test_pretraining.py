@@ -324,6 +324,17 @@ def test_a_compiled_run_of_two_ranks_resumes_an_eager_one(tmp_path: Path) -> Non
     assert_same(tmp_path / "run", tmp_path / "whole", exactly=False)
 
 
+@pytest.mark.parametrize("how", [(), pytest.param(("--compile",), marks=pytest.mark.slow)])
+def test_batch_norms_of_two_ranks_see_what_those_of_one_process_see(
+    how: tuple[str, ...], npz: Path, tmp_path: Path
+) -> None:
+    command = ("--data", npz, *TINY, "--model-args", '{"channels": [4, 4, 8, 8]}')
+    command += ("--batch-size", 24, "--epochs", 3, "--lr", 0.002)
+    Job(tmp_path / "one", *command).ends_well()
+    Job(tmp_path / "two", *command, *how, world=2, prepare=compile_cheaply).ends_well()
+    assert_same(tmp_path / "two", tmp_path / "one", exactly=False)
+
+
 # Starting weights -------------------------------------------------------------------------------
 
 

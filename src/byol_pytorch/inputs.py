@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 
 from byol_pytorch._arguments import is_count, is_number
 from byol_pytorch.augment.views import sides
-from byol_pytorch.heads import BatchNorm, world_size
+from byol_pytorch.heads import Synchronised, world_size
 from byol_pytorch.probe import tensors
 
 
@@ -181,7 +181,7 @@ def check_batch(view: Any, heads: tuple[nn.Module, ...]) -> None:
     if tensors(view)[0].shape[0] > 1:
         return
     norms = [m for h in heads for m in h.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
-    if any(not (isinstance(m, BatchNorm) and m.synchronises()) for m in norms):
+    if any(not (isinstance(m, Synchronised) and m.synchronises()) for m in norms):
         raise ValueError(
             "The batch holds 1 image, and the heads' batch normalisation needs at least 2 in "
             "training (over all processes where it is synchronised; "

@@ -291,7 +291,7 @@ class BYOL(nn.Module):
         Returns feature_std (0 in collapse, about 1 / sqrt(projection_size) in health),
         effective_rank (RankMe of the projections, 1 to min(B, projection_size)), agreement (mean
         cosine between prediction and target projection) and ema_decay. Costs two forward passes
-        and one synchronisation.
+        and the singular values of the projections, and waits for the device.
         """
         with evaluating(self):
             seen = self._as_seen(images)

@@ -120,7 +120,8 @@ def train_epoch(heads: "LinearHeads", extract: Extract, batches: Any, epoch: int
         if labels.device.type == "cpu":  # elsewhere it would wait for the device
             _check_range(labels, heads.num_classes)
         factor = heads.protocol.factor(epoch + number / len(batches))
-        total += heads.step(heads.features(extract, images), labels.to(total.device), factor)
+        labels = labels.to(total.device, non_blocking=True)
+        total += heads.step(heads.features(extract, images), labels, factor)
     total /= len(batches) * (world_size() if heads.distributed else 1)
     heads.sum(total)
     return total
@@ -138,7 +139,7 @@ def accuracy(
     for images, labels in batches:
         logits = torch.stack(heads(heads.features(extract, images)))
         first = logits.topk(min(5, heads.num_classes)).indices
-        hits = first == labels.to(first.device).view(-1, 1, 1)
+        hits = first == labels.to(first.device, non_blocking=True).view(-1, 1, 1)
         right += torch.stack([hits[..., 0], hits.any(-1)]).sum(2)
         count += len(labels)
     heads.sum(right, count)
@@ -216,7 +217,7 @@ class LinearHeads(nn.Module):
             for logits in self(features)
         ])  # fmt: skip
         gradients = list(torch.autograd.grad(losses.sum(), trained))
-        count = losses.new_tensor(float(len(labels)))
+        count = losses.new_full((), len(labels))
         self.sum(*gradients, count)
         torch._foreach_div_(gradients, count)
         self._update(trained, gradients, factor)

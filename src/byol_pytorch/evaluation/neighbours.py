@@ -1,5 +1,6 @@
 """The nearest neighbours of features by cosine: exact, in float32, in parts that fit the device."""
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -39,6 +40,25 @@ def nearest_neighbours(
     return search(bank, queries, k, device)
 
 
+@contextlib.contextmanager
+def _full_float32() -> Iterator[None]:
+    """Products of float32 as such, whatever torch.set_float32_matmul_precision says outside."""
+    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    each = [place.fp32_precision for place in places]
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for one of the places alone
+        overall = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(overall)
+        for place, precision in zip(places, each, strict=True):
+            place.fp32_precision = precision
+
+
+@_full_float32()
 def search(
     bank: Tensor, queries: Tensor | None, k: int, device: Device = None
 ) -> tuple[Tensor, Tensor]:
