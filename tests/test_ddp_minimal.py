@@ -7,7 +7,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ sys.path.insert(0, EXAMPLES)
 
 import ddp_minimal  # noqa: E402
 
-from byol_pytorch.checkpoint import load  # noqa: E402
+from byol_pytorch import BYOL  # noqa: E402
+from byol_pytorch.checkpoint import export_backbone, load  # noqa: E402
 
 # One process runs this file, so that the uninterrupted run is done once.
 pytestmark = pytest.mark.xdist_group("ddp_minimal")
@@ -61,15 +61,22 @@ def work(
     sys.stdout = open(output.parent / f"{output.name}-{rank}.txt", "a")  # noqa: SIM115
     ddp_minimal.IMAGE_SIZE, ddp_minimal.DECODED_SIZE = 32, 40
     ddp_minimal.LOG_EVERY, ddp_minimal.WORKERS = 1, 1
-    small = {"projection_size": 8, "projection_hidden_size": 16}
-    ddp_minimal.BYOL = partial(ddp_minimal.BYOL, **small)
     mp.set_start_method("fork", force=True)  # of the worker
-    export = ddp_minimal.checkpoint.export_backbone
+    seen: list[tuple[float, ...]] = []  # a number for each image of each step
 
-    def export_and_keep(learner: torch.nn.Module, path: Path) -> None:
-        export(learner, path)
-        torch.save(learner.state_dict(), output.parent / f"{output.name}-{rank}.pt")
+    def small_learner(*args: Any, **kwargs: Any) -> BYOL:
+        learner = BYOL(*args, **kwargs, projection_size=8, projection_hidden_size=16)
+        learner.register_forward_pre_hook(
+            lambda _, given: seen.append(tuple(given[0].float().mean((1, 2, 3)).tolist()))
+        )
+        return learner
 
+    def export_and_keep(learner: BYOL, path: Path) -> None:
+        export_backbone(learner, path)
+        kept = {"learner": learner.state_dict(), "seen": seen}
+        torch.save(kept, output.parent / f"{output.name}-{rank}.pt")
+
+    ddp_minimal.BYOL = small_learner
     ddp_minimal.checkpoint.export_backbone = export_and_keep
     prepare()
     ddp_minimal.main()
@@ -129,6 +136,10 @@ def momenta(state: dict[str, Any]) -> dict[int, torch.Tensor]:
     return {index: of["momentum_buffer"] for index, of in state["optimizer"]["state"].items()}
 
 
+def kept(output: Path, rank: int) -> dict[str, Any]:
+    return torch.load(output.with_name(f"{output.name}-{rank}.pt"), weights_only=True)
+
+
 def logged(output: Path, rank: int = 0) -> str:
     return output.with_name(f"{output.name}-{rank}.txt").read_text()
 
@@ -138,9 +149,19 @@ def test_two_processes_log_once_and_end_with_the_same_learner(straight):
     assert [int(step) for step, _, _ in lines] == [1, 2, 3, 4, 5, 6]
     assert all(0 < float(loss) < 8 for _, loss, _ in lines)
     assert logged(straight, rank=1) == ""
-    first, second = (torch.load(straight.with_name(f"run-{rank}.pt")) for rank in range(2))
+    first, second = (kept(straight, rank)["learner"] for rank in range(2))
     assert_equal(first, second)
     assert_equal(first, load(straight / "last.pt")["learner"])
+
+
+def test_two_processes_share_each_epoch_out_in_an_order_of_its_own(straight):
+    seen = [kept(straight, rank)["seen"] for rank in range(2)]
+    assert all(len(images) == 4 for steps in seen for images in steps)
+    epochs = [
+        [image for steps in seen for step in steps[i : i + 3] for image in step] for i in (0, 3)
+    ]
+    assert all(len(set(epoch)) == 24 for epoch in epochs)
+    assert epochs[0] != epochs[1]
 
 
 def test_the_backbone_that_is_left_is_the_trained_one_and_timm_takes_it(straight):
