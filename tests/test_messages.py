@@ -16,6 +16,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -190,6 +191,7 @@ CASES: list[Case] = [
     *AUGMENT_CASES,
     # the package
     ("package: a name of 0.9.1", lambda f: byol_pytorch.BYOLTrainer),
+    ("package: the module path of 0.9.1", lambda f: import_module("byol_pytorch.byol_pytorch")),
     ("package: an unknown name", lambda f: byol_pytorch.Byol),
     # networks
     ("net: a name", lambda f: wrap("resnet50")),
