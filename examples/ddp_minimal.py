@@ -116,8 +116,8 @@ def main() -> None:
         if rank == 0:
             state = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.save(state | {"epochs": epoch + 1, "run": run}, last)
-            health = learner.diagnostics(batch)  # a feature_std that goes to 0 is collapse
-            print(f"epoch {epoch + 1}/{args.epochs} saved  {health}", flush=True)
+            std = learner.diagnostics(batch)["feature_std"]  # one that goes to 0 is collapse
+            print(f"epoch {epoch + 1}/{args.epochs} saved  feature_std {std:.4f}", flush=True)
 
     # timm.create_model(model, num_classes=0, checkpoint_path="backbone.safetensors") takes it.
     checkpoint.export_backbone(learner, args.output / "backbone.safetensors")

@@ -148,6 +148,7 @@ def test_two_processes_log_once_and_end_with_the_same_learner(straight):
     lines = re.findall(r"step (\d)/6  loss (\S+)  lr (\S+)  \d+ images/s", logged(straight))
     assert [int(step) for step, _, _ in lines] == [1, 2, 3, 4, 5, 6]
     assert all(0 < float(loss) < 8 for _, loss, _ in lines)
+    assert re.findall(r"epoch (\d)/2 saved  feature_std \d", logged(straight)) == ["1", "2"]
     assert logged(straight, rank=1) == ""
     first, second = (kept(straight, rank)["learner"] for rank in range(2))
     assert_equal(first, second)
