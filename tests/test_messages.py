@@ -16,6 +16,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -216,6 +217,7 @@ CASES: list[Case] = [
     ("per_image: sizes", lambda f: per_image(lambda x: x[:, : 8 + (x is not X[0])])(X[:2])),
     # the package
     ("package: a name of 0.9.1", lambda f: byol_pytorch.BYOLTrainer),
+    ("package: the module path of 0.9.1", lambda f: import_module("byol_pytorch.byol_pytorch")),
     ("package: an unknown name", lambda f: byol_pytorch.Byol),
     # networks
     ("net: a name", lambda f: wrap("resnet50")),
