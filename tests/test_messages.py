@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 from unittest import mock
 
+import kornia
 import numpy as np
 import pytest
 import timm
@@ -37,7 +38,7 @@ from torch.utils.data.distributed import DistributedSampler
 import byol_pytorch
 from byol_pytorch import BYOL, optim
 from byol_pytorch import evaluation as ev
-from byol_pytorch.augment import byol_views, per_image
+from byol_pytorch.augment import byol_views, per_image, stages
 from byol_pytorch.checkpoint import export_backbone, keep_last, load, load_backbone, save
 from byol_pytorch.evaluation import _rows, features, protocols, svm
 
@@ -186,6 +187,11 @@ def drawn(view: Any) -> Any:
     return view.forward_parameters(X.shape)
 
 
+def uncuttable(folder: Path) -> Any:
+    view = byol_views(16)[0].append(kornia.augmentation.RandomMixUpV2(p=1.0))
+    return view.take(drawn(view), slice(0, 2))
+
+
 def uncompilable(folder: Path) -> Any:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler was found")
@@ -210,6 +216,11 @@ CASES: list[Case] = [
     ("views: integers", lambda f: byol_views(16)[0](X.int())),
     ("views: uncropped", lambda f: byol_views(32, crop=False)[0](X)),
     ("views: draws of others", lambda f: (v := byol_views(16)[0])(X[:2], params=drawn(v))),
+    ("views: unknown name", lambda f: byol_views(16, hue_mode="yiq")),
+    ("views: dtype", lambda f: byol_views(16, dtype="float16")),
+    ("views: other stages", lambda f: (v := byol_views(16)[0])(X, params=drawn(v[1:]))),
+    ("views: cannot be cut", uncuttable),
+    ("views: quarter turn", lambda f: stages.RandomRotation90((1, 3), p=1.0)(X[..., :8])),
     ("views: not compiled", uncompilable),
     ("views: normalised otherwise", built(augment_fn2=nn.Identity())),
     ("views: mean of others", built(mean=(0.1, 0.2))),

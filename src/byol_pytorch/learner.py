@@ -365,6 +365,11 @@ class BYOL(nn.Module):
                 "std=None where augment_fn2 does not normalise."
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("augment_fn", "augment_fn2") and not isinstance(value, nn.Module):
+            self.__dict__.get("_modules", {}).pop(name, None)  # torch refuses functions there
+        super().__setattr__(name, value)
+
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """(mean, std) that the Normalize stage of the first view works with; None without one, or
