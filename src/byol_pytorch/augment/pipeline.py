@@ -167,7 +167,9 @@ class ViewSequential(K.ImageSequential):
                 continue
             if channels != 3 and getattr(stage, "rgb_only", False):
                 continue
-            held: Any = stage.flags if isinstance(stage, K.Normalize) else vars(stage)
+            held: Any = (
+                stage.flags if isinstance(stage, K.Normalize) else dict(stage.named_buffers())
+            )
             values = {name: held[name].detach().flatten() for name in ("mean", "std")}
             for name, value in values.items():
                 if len(value) not in (1, channels):
@@ -188,7 +190,7 @@ class ViewSequential(K.ImageSequential):
             statistics, images = self.statistics(images.shape[1]), to_unit(images)
             if statistics is None:
                 return images
-            mean, std = (x.view(-1, 1, 1) for x in statistics)
+            mean, std = (x.to(images.device).view(-1, 1, 1) for x in statistics)
             return (images - mean) / std
 
     # nn.Sequential's ways to change a list, which kornia's names of the stages break.
