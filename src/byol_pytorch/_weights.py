@@ -201,13 +201,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return same and (a.is_meta or torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-5))
 
 
-def unwrapped(module: Any) -> Any:
-    """The module inside the wrappers of DDP and torch.compile."""
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        module = module.module
-    return getattr(module, "_orig_mod", module)
-
-
 def timm_config(net: nn.Module) -> dict[str, Any]:
     """What timm knows of a model, empty for others."""
     config = getattr(net, "default_cfg", None)

@@ -27,9 +27,9 @@ from byol_pytorch._weights import (
     read_safetensors,
     timm_args,
     timm_config,
-    unwrapped,
     without_classifier,
 )
+from byol_pytorch.parallel import is_learner, is_sharded, process, unwrapped
 
 __all__ = [
     "LoadedBackbone",
@@ -131,10 +131,10 @@ def export_backbone(
     """Write a backbone's state_dict as a safetensors file, whole or not at all.
 
     `source` is a BYOL learner (its online network, with the normalisation and the size of its
-    views) or a network; torch.compile's and DDP's wrappers are looked through. A learner's
-    classifier is left out where it does not reach the representation: nothing has trained it. So
-    timm.create_model(..., num_classes=0, checkpoint_path=path) takes the file, and with classes
-    load_backbone does.
+    views) or a network; the wrappers of torch.compile, DDP and DataParallel are looked through. A
+    learner's classifier is left out where it does not reach the representation: nothing has trained
+    it. So timm.create_model(..., num_classes=0, checkpoint_path=path) takes the file, and with
+    classes load_backbone does.
 
     The file's metadata hold as JSON `mean` and `std` (one value a channel, of images in [0, 1]),
     `image_size` (height and width in pixels), `architecture` (timm's name), `model_args` (for
@@ -158,7 +158,7 @@ def export_backbone(
 
     net, recorded = unwrapped(source), (None, None, None)
     unreached: list[str] = []
-    if hasattr(net, "ddp_ignored"):  # a learner
+    if is_learner(net):
         recorded = (*(net.normalisation or (None, None)), net.image_size)
         unreached = [n.removeprefix("net.").removeprefix("_orig_mod.") for n in net.ddp_ignored()]
         net = unwrapped(net.net)
@@ -195,7 +195,7 @@ def export_backbone(
     names = list(state) if naming is None else exported_names(state, naming)
     tensors = {n: _plain_copy(v) for n, v in zip(names, state.values(), strict=True)}
     # The ranks' batch statistics may differ, so not just anyone's file may be the last.
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    if process()[0] != 0:
         return
     with replacing(path) as file:
         file.write(safetensors.torch.save(tensors, {"format": "pt", **metadata}))
@@ -286,7 +286,7 @@ def load_backbone(
 
 
 def _own_weights(net: nn.Module) -> dict[str, Tensor]:
-    if hasattr(net, "ddp_ignored"):
+    if is_learner(net):
         raise ValueError(
             "The network given is a BYOL learner; expected its backbone. Call "
             "load_backbone(path, learner.net), then learner.reset_moving_average()."
@@ -298,7 +298,7 @@ def _own_weights(net: nn.Module) -> dict[str, Tensor]:
                 f"{name} of {type(net).__name__} has no shape yet; expected a network without "
                 "lazy layers left. Call it once on a batch, then load."
             )
-        if hasattr(value, "full_tensor"):
+        if is_sharded(value):
             raise ValueError(
                 f"{name} of {type(net).__name__} is sharded; expected whole weights. Load before "
                 "fully_shard."
@@ -392,7 +392,7 @@ def _check_plain(value: Any, where: str) -> None:
     elif kind in (list, tuple, set):
         for index, item in enumerate(value):
             _check_plain(item, f"{where}[{index}]")
-    elif kind not in PLAIN or hasattr(value, "full_tensor"):
+    elif kind not in PLAIN or is_sharded(value):
         raise _not_plain(where, f"a {kind.__module__}.{kind.__qualname__}")
     elif (value == b"" and kind is bytes) or (kind is int and value.bit_length() > LONGEST):
         raise _not_plain(where, f"{'empty bytes' if value == b'' else 'a very long integer'}")
@@ -412,7 +412,7 @@ def _not_plain(where: str, came: str) -> TypeError:
 
 def _plain_copy(value: Any) -> Tensor:
     # Contiguous and of its own memory: safetensors takes neither shared nor strided tensors.
-    whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+    whole = value.full_tensor() if is_sharded(value) else value
     return torch.empty(whole.shape, dtype=whole.dtype, device="cpu").copy_(whole.detach())
 
 

@@ -6,11 +6,11 @@ The heads have it by themselves; a backbone's is the user's choice: sync_batchno
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from byol_pytorch.parallel import gathered, summed, world_size
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -206,7 +206,7 @@ class _SyncNorm(torch.autograd.Function):
             dweight, dbias = (sum_dy_centred * invstd).to(weight), sum_dy.to(weight)
         if not ctx.needs_input_grad[0]:
             return None, dweight, dbias, None
-        sum_dy, sum_dy_centred = _sum(torch.cat((sum_dy, sum_dy_centred))).chunk(2)
+        sum_dy, sum_dy_centred = summed(torch.cat((sum_dy, sum_dy_centred))).chunk(2)
         if kernels:
             dx = torch.batch_norm_backward_elemt(
                 dy, x, mean, invstd, scale, sum_dy, sum_dy_centred, count.int().view(1)
@@ -231,7 +231,7 @@ def _joint_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     elif x.numel():  # without a copy of x in float32; the zeros stay, they set the dtype
         mean, variance = torch.batch_norm_update_stats(x, mean, variance, 0.0)
     count = mean.new_full((1,), x.numel() // channels)
-    moments = _gather(torch.cat((mean, variance, count)))
+    moments = gathered(torch.cat((mean, variance, count)))
     means, variances, counts = moments.split((channels, channels, 1), dim=1)
     total = counts.sum()
     parts = counts / total
@@ -241,25 +241,3 @@ def _joint_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _all_but_channels(x: Tensor) -> list[int]:
     return [0, *range(2, x.ndim)]
-
-
-def world_size() -> int:
-    """The number of training processes, 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _sum(x: Tensor) -> Tensor:
-    """The sum of `x` over all processes."""
-    return funcol.wait_tensor(funcol.all_reduce(x, "sum", _everyone()))
-
-
-def _gather(x: Tensor) -> Tensor:
-    """(world, N): the `x` (N,) of all processes."""
-    gather = torch.ops._c10d_functional.all_gather_into_tensor
-    return funcol.wait_tensor(gather(x[None], world_size(), _everyone().group_name))
-
-
-def _everyone() -> dist.ProcessGroup:
-    group = dist.group.WORLD
-    assert group is not None
-    return group

@@ -13,7 +13,8 @@ from torch._subclasses import FakeTensor
 
 from byol_pytorch._arguments import is_count, is_number
 from byol_pytorch.augment.views import sides
-from byol_pytorch.heads import Synchronised, world_size
+from byol_pytorch.heads import Synchronised
+from byol_pytorch.parallel import REPLICATED, is_sharded, world_size
 from byol_pytorch.probe import tensors
 
 
@@ -207,9 +208,7 @@ def check_network(net: Any) -> None:
             f"net is a {type(net).__name__}; expected a torch.nn.Module, such as "
             'timm.create_model("resnet50") (the model, not its name or class).'
         )
-    if isinstance(net, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(
-        net, "unshard"
-    ):
+    if isinstance(net, REPLICATED) or is_sharded(net):
         raise TypeError(
             f"net is already a {type(net).__name__}; expected the bare network. Build BYOL first, "
             "then wrap the learner: DDP(learner) or fully_shard(learner)."

@@ -37,13 +37,13 @@ from byol_pytorch.inputs import (
 )
 from byol_pytorch.locate import locate
 from byol_pytorch.loss import regression_loss
+from byol_pytorch.parallel import uncompiled
 from byol_pytorch.probe import drawing, evaluating, probe_inputs, tensors
 from byol_pytorch.representation import (
     Pool,
     Representation,
     check_gradient,
     copy_for_target,
-    uncompiled,
 )
 from byol_pytorch.target import Target, ema_decay
 

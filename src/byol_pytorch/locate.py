@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byol_pytorch.parallel import uncompiled
 from byol_pytorch.pooling import hugging_face_pool, pool_for
 from byol_pytorch.probe import Channels, Trace, copied, fresh, rebuild, tensors
 from byol_pytorch.representation import (
@@ -21,7 +22,6 @@ from byol_pytorch.representation import (
     copy_for_target,
     runs_message,
     timm_methods,
-    uncompiled,
 )
 from byol_pytorch.undisturbed import undisturbed
 

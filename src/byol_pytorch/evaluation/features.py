@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
-from byol_pytorch.evaluation._rows import Files, Memory, Rows, agree, process
+from byol_pytorch.evaluation._rows import Files, Memory, Rows, agree
 from byol_pytorch.evaluation.reader import (
     POOLED,
     FeatureReader,
@@ -23,6 +23,7 @@ from byol_pytorch.evaluation.reader import (
     resnet_stages,
     stage_pool,
 )
+from byol_pytorch.parallel import process, unreplicated
 from byol_pytorch.probe import evaluating, rebuild, tensors
 
 __all__ = ["FeatureReader", "extract_features", "resnet_stages", "shard", "stage_pool"]
@@ -83,8 +84,7 @@ def extract_features(
         ValueError for a loader that gives nothing, or labels that do not go with the images, for
         features with NaN, and for a network whose representation or stages are not to be had.
     """
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
+    model = unreplicated(model)
     where = _device(model, device)
     _check(loader, dtype)
     rank, world = process()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from byol_pytorch.inputs import for_network
 from byol_pytorch.locate import locate
+from byol_pytorch.parallel import is_learner, uncompiled
 from byol_pytorch.probe import rebuild, tensors
-from byol_pytorch.representation import Representation, uncompiled
+from byol_pytorch.representation import Representation
 
 Model = nn.Module | Callable[[Any], Tensor]
 Features = Tensor | dict[str, Tensor]
@@ -108,7 +109,7 @@ class FeatureReader:
         self.stages = None if stages is None else dict(stages)
         self._net = _network(model) if isinstance(model, nn.Module) else None
         self._read = model
-        if _is_learner(model):
+        if is_learner(model):
             learner: Any = model
             self._read = learner.representation
         elif isinstance(model, nn.Module) and (dtype := _dtype(model)) is not None:
@@ -141,13 +142,9 @@ class FeatureReader:
         return x
 
 
-def _is_learner(model: Any) -> bool:
-    return hasattr(model, "representation") and hasattr(model, "ddp_ignored")  # its public face
-
-
 def _network(model: Any) -> nn.Module:
-    """What the names of layers are names in."""
-    return uncompiled(model.net if _is_learner(model) else model)
+    """The bare network whose layers `stages` names."""
+    return uncompiled(model.net if is_learner(model) else model)
 
 
 @contextmanager
