@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from byol_pytorch.inputs import tensors
 from byol_pytorch.parallel import gathered, summed, world_size
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -118,6 +119,20 @@ class BatchNorm(Synchronised, nn.BatchNorm1d):
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
             raise ValueError(f"batch norm of {tuple(input.shape)}; expected (B, C, ...).")
+
+
+def check_batch(view: Any, heads: tuple[nn.Module, ...]) -> None:
+    """Raise ValueError where training heads would normalise over a single image."""
+    if tensors(view)[0].shape[0] > 1:
+        return
+    norms = [m for h in heads for m in h.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
+    if any(not (isinstance(m, Synchronised) and m.synchronises()) for m in norms):
+        raise ValueError(
+            "The batch holds 1 image, and the heads' batch normalisation needs at least 2 in "
+            "training (over all processes where it is synchronised; "
+            f"{world_size()} process(es) now). Give larger batches (DataLoader(drop_last=True)), "
+            "or call learner.eval() for embeddings."
+        )
 
 
 def sync_batchnorm(net: Net) -> Net:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.probe import Channels, tensors
+from byol_pytorch.inputs import tensors
+from byol_pytorch.probe import Channels
 from byol_pytorch.representation import Pool
 
 

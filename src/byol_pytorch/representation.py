@@ -13,8 +13,8 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
+from byol_pytorch.inputs import call, given, tensors
 from byol_pytorch.parallel import is_sharded, uncompiled
-from byol_pytorch.probe import call, given, tensors
 
 Pool = Callable[[Any], Tensor]
 

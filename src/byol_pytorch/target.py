@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from byol_pytorch._arguments import is_count, is_number
 from byol_pytorch.parallel import local
 from byol_pytorch.representation import Representation, Source
 
@@ -24,6 +25,19 @@ def ema_decay(base: float, step: int, total_steps: int | None) -> float:
         return base
     progress = min(step / total_steps, 1.0)
     return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+
+
+def check_decay(decay: Any, total_steps: Any) -> None:
+    """Raise ValueError unless the decay is in [0, 1] and total_steps None or at least 1."""
+    if not is_number(decay) or not 0 <= decay <= 1:
+        raise ValueError(
+            f"moving_average_decay={decay!r}; expected a number in [0, 1], for example 0.996."
+        )
+    if total_steps is not None and not is_count(total_steps):
+        raise ValueError(
+            f"total_steps={total_steps!r}; expected the number of optimizer steps of the whole "
+            "run, at least 1, or None for a constant decay."
+        )
 
 
 class Target(nn.Module):

@@ -23,8 +23,9 @@ from byol_pytorch.evaluation.reader import (
     resnet_stages,
     stage_pool,
 )
+from byol_pytorch.inputs import map_tensors, tensors
 from byol_pytorch.parallel import process, unreplicated
-from byol_pytorch.probe import evaluating, rebuild, tensors
+from byol_pytorch.probe import evaluating
 
 __all__ = ["FeatureReader", "extract_features", "resnet_stages", "shard", "stage_pool"]
 
@@ -112,7 +113,7 @@ def extract_features(
     with modes:
         for batch in _shown(loader, progress and rank == 0):
             images, truth = _split(batch)
-            images = rebuild(images, iter([_moved(x, where) for x in tensors(images)]))
+            images = map_tensors(lambda x: _moved(x, where), images)
             reader = reader or FeatureReader(model, images, stages)
             kind = tensors(images)[0].device.type
             with torch.autocast(kind, dtype, enabled=dtype != torch.float32):

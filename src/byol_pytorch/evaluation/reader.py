@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byol_pytorch.inputs import for_network
+from byol_pytorch.inputs import for_network, map_tensors, tensors
 from byol_pytorch.locate import locate
 from byol_pytorch.parallel import is_learner, uncompiled
-from byol_pytorch.probe import rebuild, tensors
 from byol_pytorch.representation import Representation
 
 Model = nn.Module | Callable[[Any], Tensor]
@@ -163,14 +162,12 @@ def _tapped(layers: Mapping[str, nn.Module], maps: dict[str, list[Tensor]]) -> I
 
 def _found(net: nn.Module, images: Any, dtype: torch.dtype) -> Callable[[Any], Tensor]:
     """What BYOL would train of a network, by the same probe; two of the images are enough."""
-    some = tensors(images)
-    if any(x.dtype == torch.uint8 for x in some):
+    if any(x.dtype == torch.uint8 for x in tensors(images)):
         raise ValueError(
             f"The loader gives uint8 images to {type(net).__name__}; expected floats, normalised "
             "as it was trained with. Do that in the loader, or pass the BYOL learner, which does."
         )
-
-    two = rebuild(images, iter([x[:2] for x in some]))
+    two = map_tensors(lambda x: x[:2], images)
     try:
         source = locate(net, for_network(two, dtype), "auto", "auto")
     except ValueError as error:
