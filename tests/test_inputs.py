@@ -23,8 +23,8 @@ from torch.ao.quantization import quantize_fx
 from torch.utils.checkpoint import checkpoint
 
 from byol_pytorch import BYOL
+from byol_pytorch.backbone.probe import probe_inputs
 from byol_pytorch.inputs import map_tensors
-from byol_pytorch.probe import probe_inputs
 
 HEADS = {"projection_size": 4, "projection_hidden_size": 8}
 

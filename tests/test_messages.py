@@ -441,7 +441,7 @@ def two_inputs() -> nn.Module:
 def sharded_timm() -> Any:
     net = timm.create_model("resnet10t", channels=(4, 4, 4, 4), num_classes=0)
     net.unshard = print
-    return byol_pytorch.representation.timm_methods(net, X)
+    return byol_pytorch.backbone.representation.timm_methods(net, X)
 
 
 def without(package: str) -> Any:

@@ -19,6 +19,18 @@ from byol_pytorch._arguments import (
     check_sizes,
 )
 from byol_pytorch.augment.views import as_view, byol_views, sides
+from byol_pytorch.backbone import (
+    Pool,
+    Representation,
+    check_example,
+    check_gradient,
+    check_network,
+    copy_for_target,
+    drawing,
+    evaluating,
+    locate,
+    probe_inputs,
+)
 from byol_pytorch.diagnostics import check_diagnosed, health
 from byol_pytorch.heads import check_batch, mlp, simplicial_embedding, simsiam_mlp
 from byol_pytorch.inputs import (
@@ -30,16 +42,8 @@ from byol_pytorch.inputs import (
     scaled,
     tensors,
 )
-from byol_pytorch.locate import locate
 from byol_pytorch.loss import regression_loss
 from byol_pytorch.parallel import uncompiled
-from byol_pytorch.probe import check_example, check_network, drawing, evaluating, probe_inputs
-from byol_pytorch.representation import (
-    Pool,
-    Representation,
-    check_gradient,
-    copy_for_target,
-)
 from byol_pytorch.target import Target, check_decay, ema_decay
 
 Augmentation = Callable[[Any], Any]

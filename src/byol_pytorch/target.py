@@ -1,6 +1,6 @@
 """The EMA target: a frozen copy of the online backbone and projector, its update and schedule.
 
-How the copy is made lives in representation.py, when it is updated in learner.py.
+How the copy is made lives in backbone, when it is updated in learner.py.
 """
 
 import math
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from byol_pytorch._arguments import is_count, is_number
+from byol_pytorch.backbone import Representation, Source
 from byol_pytorch.parallel import local
-from byol_pytorch.representation import Representation, Source
 
 
 def ema_decay(base: float, step: int, total_steps: int | None) -> float:

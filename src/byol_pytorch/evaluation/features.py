@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
+from byol_pytorch.backbone import evaluating
 from byol_pytorch.evaluation._rows import Files, Memory, Rows, agree
 from byol_pytorch.evaluation.reader import (
     POOLED,
@@ -25,7 +26,6 @@ from byol_pytorch.evaluation.reader import (
 )
 from byol_pytorch.inputs import map_tensors, tensors
 from byol_pytorch.parallel import process, unreplicated
-from byol_pytorch.probe import evaluating
 
 __all__ = ["FeatureReader", "extract_features", "resnet_stages", "shard", "stage_pool"]
 

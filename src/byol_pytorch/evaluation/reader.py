@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byol_pytorch.backbone import Representation, locate
 from byol_pytorch.inputs import for_network, map_tensors, tensors
-from byol_pytorch.locate import locate
 from byol_pytorch.parallel import is_learner, uncompiled
-from byol_pytorch.representation import Representation
 
 Model = nn.Module | Callable[[Any], Tensor]
 Features = Tensor | dict[str, Tensor]

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from byol_pytorch.backbone.undisturbed import undisturbed
 from byol_pytorch.inputs import call, copied, fresh, given, map_tensors, tensors
 from byol_pytorch.parallel import REPLICATED, is_sharded
-from byol_pytorch.undisturbed import undisturbed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

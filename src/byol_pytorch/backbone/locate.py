@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.inputs import copied, fresh, map_tensors, tensors
-from byol_pytorch.parallel import uncompiled
-from byol_pytorch.pooling import hugging_face_pool, pool_for
-from byol_pytorch.probe import Channels, Trace
-from byol_pytorch.representation import (
+from byol_pytorch.backbone.pooling import hugging_face_pool, pool_for
+from byol_pytorch.backbone.probe import Channels, Trace
+from byol_pytorch.backbone.representation import (
     Pool,
     Representation,
     Source,
@@ -24,7 +22,9 @@ from byol_pytorch.representation import (
     runs_message,
     timm_methods,
 )
-from byol_pytorch.undisturbed import undisturbed
+from byol_pytorch.backbone.undisturbed import undisturbed
+from byol_pytorch.inputs import copied, fresh, map_tensors, tensors
+from byol_pytorch.parallel import uncompiled
 
 TRAINING_DRAWS = 16  # of what is skipped half of the time, one in 65,536 is never seen
 
