@@ -1,6 +1,6 @@
 """What a network says of its weights: which may be missing in a file, and what timm knows of it.
 
-How other projects name them is in _layouts.py.
+How other projects name them is in names.py.
 """
 
 import json
