@@ -206,7 +206,7 @@ def drawing(net: nn.Module, inputs: Any) -> frozenset[str]:
                 module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
                 handles.append(module.register_forward_pre_hook(before(name), prepend=True))
                 handles.append(module.register_forward_hook(after))
-            call(net, inputs)
+            call(net, fresh(inputs))
     except Exception:  # whatever a foreign forward raises
         return frozenset()
     finally:
