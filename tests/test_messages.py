@@ -38,7 +38,7 @@ from byol_pytorch import BYOL, optim
 from byol_pytorch import evaluation as ev
 from byol_pytorch.augment import byol_views, per_image
 from byol_pytorch.checkpoint import export_backbone, keep_last, load, load_backbone, save
-from byol_pytorch.evaluation import _rows, features, protocols, svm
+from byol_pytorch.evaluation import features, protocols, rows, svm
 
 SOURCES = Path(byol_pytorch.__file__).parent
 SNAPSHOT = Path(__file__).with_name("messages.json")
@@ -167,9 +167,9 @@ def of_two(call: Callable[[], Any], counts: tuple[int, ...] = (3, 1)) -> Any:
         into[:] = counts
 
     with (
-        mock.patch.object(_rows, "process", return_value=(0, 2)),
+        mock.patch.object(rows, "process", return_value=(0, 2)),
         mock.patch.object(features, "process", return_value=(0, 2)),
-        mock.patch.object(_rows.dist, "all_gather_object", gather),
+        mock.patch.object(rows.dist, "all_gather_object", gather),
     ):
         return call()
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch._arguments import (
+from byol_pytorch.arguments import (
     check_augmentations,
     check_flags,
     check_hidden_layer,

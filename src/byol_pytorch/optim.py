@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from byol_pytorch._arguments import is_number
+from byol_pytorch.arguments import is_number
 from byol_pytorch.parallel import is_learner, local, uncompiled
 
 TensorList = list[Tensor] | tuple[Tensor, ...]

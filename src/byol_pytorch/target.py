@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch._arguments import is_count, is_number
+from byol_pytorch.arguments import is_count, is_number
 from byol_pytorch.backbone import Representation, Source
 from byol_pytorch.parallel import local
 

@@ -1,7 +1,7 @@
 """Frozen features of a whole data set in one pass: the representation, and maps of the stages.
 
 Loaders, images and labels are the caller's. What is read of one batch is in reader.py, how rows are
-kept and gathered in _rows.py.
+kept and gathered in rows.py.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,6 @@ from torch.utils.data import Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from byol_pytorch.backbone import evaluating
-from byol_pytorch.evaluation._rows import Files, Memory, Rows, agree
 from byol_pytorch.evaluation.reader import (
     POOLED,
     FeatureReader,
@@ -24,6 +23,7 @@ from byol_pytorch.evaluation.reader import (
     resnet_stages,
     stage_pool,
 )
+from byol_pytorch.evaluation.rows import Files, Memory, Rows, agree
 from byol_pytorch.inputs import map_tensors, tensors
 from byol_pytorch.parallel import process, unreplicated
 
