@@ -40,7 +40,7 @@ from byol_pytorch import BYOL, optim
 from byol_pytorch import evaluation as ev
 from byol_pytorch.augment import byol_views, per_image, stages
 from byol_pytorch.checkpoint import export_backbone, keep_last, load, load_backbone, save
-from byol_pytorch.evaluation import _rows, features, protocols, svm
+from byol_pytorch.evaluation import features, protocols, rows, svm
 
 SOURCES = Path(byol_pytorch.__file__).parent
 SNAPSHOT = Path(__file__).with_name("messages.json")
@@ -169,9 +169,9 @@ def of_two(call: Callable[[], Any], counts: tuple[int, ...] = (3, 1)) -> Any:
         into[:] = counts
 
     with (
-        mock.patch.object(_rows, "process", return_value=(0, 2)),
+        mock.patch.object(rows, "process", return_value=(0, 2)),
         mock.patch.object(features, "process", return_value=(0, 2)),
-        mock.patch.object(_rows.dist, "all_gather_object", gather),
+        mock.patch.object(rows.dist, "all_gather_object", gather),
     ):
         return call()
 
@@ -454,7 +454,7 @@ def two_inputs() -> nn.Module:
 def sharded_timm() -> Any:
     net = timm.create_model("resnet10t", channels=(4, 4, 4, 4), num_classes=0)
     net.unshard = print
-    return byol_pytorch.representation.timm_methods(net, X)
+    return byol_pytorch.backbone.representation.timm_methods(net, X)
 
 
 def without(package: str) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from byol_pytorch._arguments import is_number
+from byol_pytorch.arguments import is_number
 
 if TYPE_CHECKING:  # kornia is imported by the first call: it takes a tenth of torch's time
     from byol_pytorch.augment.pipeline import ViewSequential
