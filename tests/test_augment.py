@@ -541,7 +541,7 @@ def test_views_that_are_not_normalised_alike_are_refused() -> None:
     first, second = byol_views(16)[0], byol_views(16, mean=None, std=None)[1]
     with pytest.raises(ValueError, match=r"normalised by .*0\.485.*None"):
         learner(augment_fn=first, augment_fn2=second)
-    with pytest.raises(ValueError, match="mean has 2 values, the images have 3 channels"):
+    with pytest.raises(ValueError, match="mean and std have 2 values, the images have 3 channels"):
         learner(mean=(0.1, 0.2))
     learner(augment_fn2=nn.Identity(), mean=None, std=None)
     learner(augment_fn=first, augment_fn2=nn.Identity())  # by hand: taken at their word

@@ -281,3 +281,37 @@ def test_what_holds_no_weights_for_a_network_is_named(
     torch.save(held, tmp_path / "net.pt")
     with pytest.raises(ValueError, match=message):
         load_backbone(tmp_path / "net.pt", net())
+
+
+def chain(**parts: nn.Module) -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for name, part in parts.items():
+        net.add_module(name, part)
+    return net
+
+
+PLAIN = partial(nn.Linear, 8, 8)
+IN_THE_PATH: dict[str, tuple[Make, Make]] = {
+    "a projector": (chain, lambda: chain(projector=nn.Sequential(PLAIN()), fc=PLAIN())),
+    "a decoder of another width": (
+        lambda: chain(decoder=nn.Sequential(nn.Linear(8, 6)), fc=nn.Linear(6, 4)),
+        lambda: chain(decoder=nn.Sequential(nn.Linear(8, 7)), fc=nn.Linear(7, 4)),
+    ),
+    "a head's name in the middle": (
+        lambda: chain(classifier=PLAIN()),
+        lambda: chain(fc=nn.Sequential(PLAIN(), nn.BatchNorm1d(8)), classifier=PLAIN()),
+    ),
+    "a Linear before the file's own head": (
+        lambda: chain(embed=PLAIN(), fc=nn.Linear(8, 4)),
+        lambda: chain(fc=nn.Linear(8, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("made", "given"), IN_THE_PATH.values(), ids=IN_THE_PATH.keys())
+def test_layers_between_images_and_representation_are_never_excused_by_their_names(
+    made: Make, given: Make, tmp_path: Path
+) -> None:
+    torch.save(made().state_dict(), tmp_path / "net.pt")
+    with pytest.raises(ValueError, match="does not fit"):
+        load_backbone(tmp_path / "net.pt", given())

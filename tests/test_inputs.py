@@ -185,7 +185,7 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize(("name", "value", "message"), ARGUMENTS)
 def test_an_argument_that_does_not_fit_is_an_error(name, value, message):
-    shown = f"{name} has" if "channel" in message else re.escape(f"{name}={value!r}")
+    shown = "mean and std have" if "channel" in message else re.escape(f"{name}={value!r}")
     with pytest.raises(ValueError, match=f"(?i){shown}.*{message}"):
         wrap(Small(), **{"image_size": 16, name: value})
 

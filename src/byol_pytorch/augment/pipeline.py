@@ -64,7 +64,7 @@ class ViewSequential(K.ImageSequential):
     ) -> None:
         super().__init__(*stages, disable_sequential_features=True)
         self.image_size, self.dtype, self.compiles = image_size, dtype, compile
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.channels_last = channels_last
         self._compiled: Any = None
 
     def forward(
@@ -136,7 +136,10 @@ class ViewSequential(K.ImageSequential):
                 input = self._in_chunks(input, group, self.dtype if last else torch.float32)
             else:
                 input = _by_kornia(input, group, extra_args)
-        return input.to(self.dtype, memory_format=self.memory_format)
+        return input.to(self.dtype, memory_format=self._format())
+
+    def _format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def _in_chunks(self, images: Tensor, steps: list["Step"], dtype: torch.dtype) -> Tensor:
         """Direct stages on so many images at a time as stay in the cache."""
@@ -152,7 +155,7 @@ class ViewSequential(K.ImageSequential):
             if view is None:
                 shape, where = (len(images), *some.shape[1:]), some.device
                 view = torch.empty(
-                    shape, dtype=dtype, device=where, memory_format=self.memory_format
+                    shape, dtype=dtype, device=where, memory_format=self._format()
                 )
             view[rows] = some
         return view
@@ -171,13 +174,13 @@ class ViewSequential(K.ImageSequential):
                 stage.flags if isinstance(stage, K.Normalize) else dict(stage.named_buffers())
             )
             values = {name: held[name].detach().flatten() for name in ("mean", "std")}
-            for name, value in values.items():
-                if len(value) not in (1, channels):
-                    raise ValueError(
-                        f"{name} has {len(value)} values, the images have {channels} channels. "
-                        f"Expected one value a channel; {name}=None leaves it out."
-                    )
-            mean, std = (value.expand(channels) for value in values.values())
+            mean, std = values.values()
+            if {len(mean), len(std)} != {channels}:
+                raise ValueError(
+                    f"mean and std have {max(len(mean), len(std))} values, the images have "
+                    f"{channels} channels; expected one value a channel. Give as many, or None "
+                    "for both."
+                )
             found = (mean, std) if found is None else (found[0] + found[1] * mean, found[1] * std)
         return found
 
@@ -203,7 +206,7 @@ class ViewSequential(K.ImageSequential):
             *found,
             image_size=self.image_size,
             dtype=self.dtype,
-            channels_last=self.memory_format is torch.channels_last,
+            channels_last=self.channels_last,
             compile=self.compiles,
         )
 

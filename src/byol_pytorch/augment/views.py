@@ -3,6 +3,7 @@
 The stages that are not kornia's own stand in stages.py, the container in pipeline.py.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
@@ -245,7 +246,7 @@ def _check_chance(name: str, value: Any) -> None:
 
 def _check_range(name: str, pair: Any) -> None:
     fits = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair))
-    if not fits or not 0 < pair[0] <= pair[1]:
+    if not fits or not 0 < pair[0] <= pair[1] < math.inf:
         raise ValueError(
             f"{name}={pair!r}. Expected (low, high) with 0 < low <= high; "
             f"for one fixed value give it twice, {name}=(1.0, 1.0)."
@@ -272,7 +273,7 @@ def _numbers(name: str, value: Any) -> Any:
     if (
         not isinstance(numbers, Sequence)
         or not numbers
-        or not all(map(is_number, numbers))
+        or not all(is_number(n) and math.isfinite(n) for n in numbers)
         or (name == "std" and min(numbers) <= 0)
     ):
         kind = "positive" if name == "std" else "finite"

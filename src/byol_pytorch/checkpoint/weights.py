@@ -17,10 +17,11 @@ from torch import Tensor, nn
 CLASSIFIERS = ("fc", "head", "heads", "classifier")
 DISTILLED = ("head_dist", "cls_classifier", "distillation_classifier")
 # What hangs beside a backbone and not between the images and its representation: the auxiliary
-# classifiers of Inception and VOLO, and the parts that other methods train along.
+# classifiers of Inception and VOLO, and in a file the parts that other methods train along.
+AUXILIARY = re.compile(r"(AuxLogits|aux1|aux2|aux_head)\..+")
 BESIDE = re.compile(
-    r"(AuxLogits|aux1|aux2|aux_head|projector|predictor|projection_head|prediction_head|prototypes"
-    r"|decoder(_\w+)?)\..+|decoder_\w+"
+    r"(projector|predictor|projection_head|prediction_head|prototypes|decoder(_\w+)?)\..+"
+    r"|decoder_\w+"
 )
 # Counters, masks that follow from the size of the images, tokens for masked images alone
 NO_MATTER = re.compile(r"(.+\.)?(num_batches_tracked|attn_mask|mask_token)")
@@ -90,11 +91,14 @@ def misfits(
     last = last_layers(net)
     parameters = {name for name, _ in net.named_parameters(remove_duplicate=False)}
     computed = {n: b for n, b in net.named_buffers(remove_duplicate=False) if n not in own}
-    missing = [name for name in own if name not in set(loaded)]
-    left = {name: value for name, value in found.items() if name not in set(loaded)}
+    loaded = set(loaded)
+    missing = [name for name in own if name not in loaded]
+    left = {name: value for name, value in found.items() if name not in loaded}
 
     def no_matter(name: str) -> bool:
-        return bool(_is_within(name, last) or NO_MATTER.fullmatch(name) or BESIDE.fullmatch(name))
+        if _is_within(name, last) or NO_MATTER.fullmatch(name) or AUXILIARY.fullmatch(name):
+            return True
+        return name not in own and BESIDE.fullmatch(name) is not None
 
     def explained(name: str, value: Tensor) -> bool:
         if name in own or name in computed:  # of another shape, or not stored
@@ -105,7 +109,8 @@ def misfits(
     lacking = [n for n in missing if n in parameters or n in left or n.endswith(STATISTICS)]
     homeless = [n for n, v in left.items() if not no_matter(n) and not explained(n, v)]
     heads = {n: v for n, v in left.items() if not NO_MATTER.fullmatch(n)}
-    if homeless and _is_a_linear_after_all(heads, own):
+    has_its_head = any(_is_within(name, last) for name in loaded)
+    if homeless and not has_its_head and _is_a_linear_after_all(heads, own):
         homeless = []
     return list(dict.fromkeys([n for n in lacking if not no_matter(n)] + homeless))
 
@@ -121,10 +126,12 @@ def last_layers(net: Any) -> tuple[str, ...]:
         heads = heads if isinstance(heads, tuple | list) else (heads,)
         return tuple(names[id(head)] for head in heads if id(head) in names)
     children = dict(net.named_children())
-    last = list(children)[-1:]
-    usual = [name for name in children if name in (*CLASSIFIERS, *DISTILLED)]
+    last = [name for name, child in children.items() if next(child.parameters(), None) is not None]
+    # A layer with a head's name in the middle is none.
+    heads = [name for name in children if name in DISTILLED]
+    heads += [n for n in last[-1:] if n in CLASSIFIERS or isinstance(children[n], nn.Linear)]
     found: list[str] = []
-    for head in dict.fromkeys(usual + [n for n in last if isinstance(children[n], nn.Linear)]):
+    for head in dict.fromkeys(heads):
         # What comes before its last layer counts as part of the representation.
         inner = [m for m in children[head].modules() if m._parameters]
         weighted = [i for i, m in enumerate(inner) if isinstance(m, nn.Linear | nn.Conv2d)]
