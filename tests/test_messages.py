@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +42,7 @@ from byol_pytorch import evaluation as ev
 from byol_pytorch.augment import byol_views, per_image, stages
 from byol_pytorch.checkpoint import export_backbone, keep_last, load, load_backbone, save
 from byol_pytorch.evaluation import features, protocols, rows, svm
+from byol_pytorch.heads import BatchNorm, sync_batchnorm
 
 SOURCES = Path(byol_pytorch.__file__).parent
 SNAPSHOT = Path(__file__).with_name("messages.json")
@@ -183,6 +185,30 @@ NAN = ROWS.clone().index_fill_(0, torch.tensor([3]), float("nan"))
 # ---- the cases -----------------------------------------------------------------------------------
 
 
+def endless() -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    state["state"] = state
+    return state
+
+
+def zipped(f: Path) -> Path:
+    with zipfile.ZipFile(f / "x.pt", "w") as archive:
+        archive.writestr("readme.txt", "nothing")
+    return f / "x.pt"
+
+
+def into_shards(f: Path) -> Any:
+    with mock.patch("byol_pytorch.checkpoint.backbones.is_sharded", return_value=True):
+        return load_backbone(exported(f), Small())
+
+
+def of_another(f: Path) -> Any:
+    export_backbone(timm.create_model("resnet10t", num_classes=0), f / "net.safetensors")
+    twin = timm.create_model("resnet10t", num_classes=0)
+    twin.default_cfg = {**twin.default_cfg, "architecture": "another"}
+    return load_backbone(f / "net.safetensors", twin)
+
+
 def drawn(view: Any) -> Any:
     return view.forward_parameters(X.shape)
 
@@ -225,7 +251,7 @@ CASES: list[Case] = [
     ("views: normalised otherwise", built(augment_fn2=nn.Identity())),
     ("views: mean of others", built(mean=(0.1, 0.2))),
     ("per_image: no tensor", lambda f: per_image(list)(X)),
-    ("per_image: sizes", lambda f: per_image(lambda x: x[:, : 8 + (x is not X[0])])(X[:2])),
+    ("per_image: sizes", lambda f: per_image(lambda x: x[:, : 8 + int(x[0, 0, 0] == X[0, 0, 0, 0])])(X)),
     # the package
     ("package: a name of 0.9.1", lambda f: byol_pytorch.BYOLTrainer),
     ("package: the module path of 0.9.1", lambda f: import_module("byol_pytorch.byol_pytorch")),
@@ -234,6 +260,11 @@ CASES: list[Case] = [
     ("net: a name", lambda f: wrap("resnet50")),
     ("net: wrapped", lambda f: wrap(nn.DataParallel(Small()))),
     ("net: no weights", lambda f: wrap(nn.Flatten())),
+    ("net: under inference_mode", torch.inference_mode()(lambda f: wrap())),
+    ("net: TorchScript", lambda f: wrap(torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1))))),
+    ("net: batch norm of its own", lambda f: sync_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()))),
+    ("net: batch norm of a vector", lambda f: BatchNorm(4, sync=None)(X[0, 0, 0, :4])),
+    ("pool: with weights", built(pool=nn.Linear(6, 6), hidden_layer="norm")),
     ("net: quantised", lambda f: wrap(nn.Sequential(Small(), quantization.FakeQuantize()))),
     ("net: another size", lambda f: wrap(image_size=48)),
     ("net: no copy", lambda f: wrap(network(Small.forward, files=threading.Lock()))),
@@ -329,11 +360,23 @@ CASES: list[Case] = [
     # checkpoint
     ("save: an object", lambda f: save({"config": {"transform": print}}, f / "x.pt")),
     ("keep_last: none", lambda f: keep_last(f, "*.pt", 0)),
+    ("save: itself", lambda f: save(endless(), f / "x.pt")),
+    ("save: int4", lambda f: save({"x": torch.zeros(2).to_mkldnn()}, f / "x.pt")),
+    ("save: a long integer", lambda f: save({"seed": 2**5000}, f / "x.pt")),
+    ("load: a folder", lambda f: load(f)),
     ("load: no file", lambda f: load(f / "x.pt")),
+    ("load: safetensors", lambda f: load(exported(f))),
+    ("load: another archive", lambda f: load(zipped(f))),
     ("load: no dict", lambda f: load(written(f, [1]))),
     ("load: an object", lambda f: load(written(f, {"net": nn.Linear(1, 1)}))),
     ("load: damaged", lambda f: load(bytes_in(f, b"PK" + bytes(99), "x.pt"))),
     ("load_backbone: padding", lambda f: load_backbone(f / "x.pt", Small(), padding="SAME")),
+    ("load_backbone: a learner", lambda f: load_backbone(exported(f), wrap())),
+    ("load_backbone: lazy", lambda f: load_backbone(exported(f), nn.LazyLinear(3))),
+    ("load_backbone: sharded", into_shards),
+    ("load_backbone: several networks",
+     lambda f: load_backbone(written(f, {"a": {"w": X}, "b": {"w": X}}), Small())),
+    ("load_backbone: another of the same names", of_another),
     ("load_backbone: another network",
      lambda f: load_backbone(exported(f), torchvision.models.resnet18())),
     ("load_backbone: damaged",
@@ -357,6 +400,7 @@ CASES: list[Case] = [
     ("export_backbone: half a normalisation", lambda f: exported(f, mean=(0.5,))),
     ("export_backbone: a README is there",
      lambda f: exported(bytes_in(f, b"", "README.md").parent, card="trained")),
+    ("export_backbone: model_args", lambda f: exported(f, model_args={"norm": nn.ReLU})),
     ("export_backbone: naming", lambda f: exported(f, naming="timm")),
     # evaluation: neighbours
     ("knn: half of the queries", lambda f: knn(queries=ROWS)),
