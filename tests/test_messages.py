@@ -198,8 +198,13 @@ def zipped(f: Path) -> Path:
 
 
 def into_shards(f: Path) -> Any:
+    path = exported(f)
     with mock.patch("byol_pytorch.checkpoint.backbones.is_sharded", return_value=True):
-        return load_backbone(exported(f), Small())
+        return load_backbone(path, Small())
+
+
+def two_sizes(image: Tensor) -> Tensor:
+    return image[:, : 8 + int(image[0, 0, 0] == X[0, 0, 0, 0])]
 
 
 def of_another(f: Path) -> Any:
@@ -251,7 +256,7 @@ CASES: list[Case] = [
     ("views: normalised otherwise", built(augment_fn2=nn.Identity())),
     ("views: mean of others", built(mean=(0.1, 0.2))),
     ("per_image: no tensor", lambda f: per_image(list)(X)),
-    ("per_image: sizes", lambda f: per_image(lambda x: x[:, : 8 + int(x[0, 0, 0] == X[0, 0, 0, 0])])(X)),
+    ("per_image: sizes", lambda f: per_image(two_sizes)(X)),
     # the package
     ("package: a name of 0.9.1", lambda f: byol_pytorch.BYOLTrainer),
     ("package: the module path of 0.9.1", lambda f: import_module("byol_pytorch.byol_pytorch")),
