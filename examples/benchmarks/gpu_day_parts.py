@@ -55,9 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", required=True)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--toy", action="store_true")
-    args = parser.parse_args()
-    args.model = "test_resnet" if args.toy else "resnet50"
-    return args
+    return parser.parse_args()
 
 
 def environment(args: argparse.Namespace) -> Iterator[Row]:
@@ -68,11 +66,9 @@ def environment(args: argparse.Namespace) -> Iterator[Row]:
             f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}",
         )
         yield "CUDA of torch", str(torch.version.cuda)
-        query = ["--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+        query = "nvidia-smi --query-gpu=driver_version,clocks.max.sm --format=csv,noheader".split()
         try:
-            found = subprocess.run(
-                ["nvidia-smi", *query], capture_output=True, text=True, timeout=30
-            )
+            found = subprocess.run(query, capture_output=True, text=True, timeout=30)
             yield "driver, highest clock", found.stdout.strip() or found.stderr.strip()
         except (OSError, subprocess.TimeoutExpired) as error:
             yield "driver, highest clock", f"unknown: {error}"
@@ -241,7 +237,12 @@ def rank_of(
 
 def build(args: argparse.Namespace, size: int = 32) -> tuple[BYOL, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    net = sync_batchnorm(timm.create_model(args.model, num_classes=0))
+    net: nn.Module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten()
+    )
+    if not args.toy:
+        net = timm.create_model("resnet50", num_classes=0)
+    net = sync_batchnorm(net)
     learner = BYOL(net, size, projection_hidden_size=32 if args.toy else 4096).to(args.device)
     return learner, torch.optim.SGD(learner.parameters(), 0.01, momentum=0.9)
 
