@@ -66,12 +66,12 @@ def environment(args: argparse.Namespace) -> Iterator[Row]:
             f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}",
         )
         yield "CUDA of torch", str(torch.version.cuda)
-        query = "nvidia-smi --query-gpu=driver_version,clocks.max.sm --format=csv,noheader".split()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         try:
             found = subprocess.run(query, capture_output=True, text=True, timeout=30)
-            yield "driver, highest clock", found.stdout.strip() or found.stderr.strip()
+            yield "driver", found.stdout.strip() or found.stderr.strip()
         except (OSError, subprocess.TimeoutExpired) as error:
-            yield "driver, highest clock", f"unknown: {error}"
+            yield "driver", f"unknown: {error}"
     yield "python", platform.python_version()
     for name in PACKAGES:
         try:

@@ -24,8 +24,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # other processes would not know of the GPU
-
 import torch
 import torch._inductor.config as inductor
 import triton.runtime
@@ -99,7 +97,7 @@ def main() -> None:
     print("| | launches: Triton | extern | GB | ms H100 | ms H200 | registers | spilled |")
     print("|---|---|---|---|---|---|---|---|")
     for part in args.parts:
-        for model in model_of(part, args):
+        for model in model_of(part, work_of(part, args), kernels=not args.skip_kernels):
             models.append(model)
             print(line(model), flush=True)
     both = [m for m in models if m.part in ("view 1", "view 2")]
@@ -128,12 +126,16 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def model_of(part: str, args: argparse.Namespace) -> Iterator[Model]:
+def work_of(part: str, args: argparse.Namespace) -> Callable[[], None]:
+    if part == "heads and loss":
+        return lambda: compile_heads(args.batch_size)
+    return lambda: compile_view(int(part[5]) - 1, args, draws="draws" in part)
+
+
+def model_of(part: str, work: Callable[[], None], *, kernels: bool = True) -> Iterator[Model]:
+    """The graphs that the work compiles with `recorder`: one, or a forward and its backward."""
     with absent_h100(), recording() as graphs:
-        if part.startswith("view"):
-            compile_view(int(part[5]) - 1, args, draws="draws" in part)
-        else:
-            compile_heads(args.batch_size)
+        work()
         names = [part] if len(graphs) == 1 else [f"{part}, forward", f"{part}, backward"]
         for name, (code, size) in zip(names, graphs, strict=True):
             body = code[code.rfind("def call(") :]
@@ -141,8 +143,8 @@ def model_of(part: str, args: argparse.Namespace) -> Iterator[Model]:
             calls = r"^\s+(?:\w+ = )?(?:extern_kernels|aten|torch\.ops\.aten)\.[\w.]+\("
             extern = len(re.findall(calls, body, re.M))
             times = {gpu: size / speed * 1e3 for gpu, speed in BANDWIDTHS.items()}
-            kernels = [] if args.skip_kernels else compiled_kernels(code)
-            yield Model(name, triton, extern, size / 1e9, times, kernels)
+            found = compiled_kernels(code) if kernels else []
+            yield Model(name, triton, extern, size / 1e9, times, found)
 
 
 def compile_view(number: int, args: argparse.Namespace, *, draws: bool) -> None:
@@ -239,7 +241,8 @@ def absent_h100() -> Iterator[None]:
         "set_rng_state": lambda *_: None,
     }
     settings = {
-        "compile_threads": 1, "force_disable_caches": True, "use_static_triton_launcher": False,
+        "compile_threads": 1,  # other processes would not know of the GPU
+        "force_disable_caches": True, "use_static_triton_launcher": False,
         "joint_graph_constant_folding": False,  # it would compute them on the device
     }  # fmt: skip
     with ExitStack() as stack:
