@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 RECIPE, RECIPE_SECONDS = "CIFAR-10 recipe", 90  # less is not worth its start
 STOPPING = 45  # seconds that a run needs to save and measure after --max-minutes
+DATA = ("train.npz", "test.npz")
 TOY_PATIENCE = 4  # times the limits, on a CPU that is busy
 ERROR_LINES, ERROR_CHARACTERS = 3, 300
 
@@ -54,7 +55,8 @@ def main() -> None:
     done = {line["step"] for line in read(args.results)} - set(args.again)
     card = run(STEPS[0], args, end)  # in every call: another call may meet another card
     for step in STEPS[1:]:
-        if step.name not in done and end - time.monotonic() >= min(step.seconds, args.budget - 60):
+        needed = min(step.seconds, args.budget - 60)  # a short call starts it nevertheless
+        if step.name not in done and end - time.monotonic() >= needed:
             run(step, args, end, card)
     if end - time.monotonic() >= RECIPE_SECONDS:
         train(args, end, card)
@@ -76,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--again", nargs="+", default=[], metavar="STEP", help="measure these steps once more")
     add("--peers", type=Path, metavar="FOLDER", help="where other libraries are installed")
     add("--data", type=Path, metavar="FOLDER", help="of --pack; without it no recipe runs")
-    add("--device", default="cuda")
+    add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--toy", action="store_true", help="all of it at its smallest")
     add("--pack", type=Path, metavar="FOLDER", help="copy CIFAR-10's files there, and end")
     add("--cifar", type=Path, metavar="FOLDER", help="of train.npz and test.npz to pack")
@@ -86,6 +88,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--again {', '.join(unknown)}; expected some of {', '.join(known)}")
     if (args.pack is None) != (args.cifar is None):
         parser.error("--pack and --cifar go together: to which folder, and from which")
+    if args.cifar and not all((args.cifar / name).is_file() for name in DATA):
+        parser.error(f"--cifar {args.cifar} has not both of {' and '.join(DATA)}")
     if args.data and not (args.data / "train.npz").is_file():
         parser.error(f"--data {args.data} has no train.npz; make it with --cifar and --pack")
     args.results.parent.mkdir(parents=True, exist_ok=True)
@@ -99,12 +103,12 @@ def pack(source: Path, folder: Path) -> None:
     if inside and subprocess.run(ignored, check=False).returncode:
         sys.exit(f"--pack {folder} is not ignored by git; expected a folder such as runs/cifar10")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("train.npz", "test.npz"):
+    for name in DATA:
         shutil.copyfile(source / name, folder / name)
         print(f"{folder / name}: {(folder / name).stat().st_size / 1e6:.1f} MB")
 
 
-def run(step: Step, args: argparse.Namespace, end: float, card: str = "") -> str:
+def run(step: Step, args: argparse.Namespace, end: float, card: str = "unknown") -> str:
     """Take the step and write its line; returns the card, which the first step says."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "figures.json"
