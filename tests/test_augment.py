@@ -186,6 +186,13 @@ def test_draws_of_a_global_batch_are_cut_for_its_parts() -> None:
     assert torch.equal(view(images[numbers], params=view.take(params, numbers)), whole[numbers])
     with pytest.raises(ValueError, match=r"drawn for 12 images, and 5 came.*view\.take"):
         view(images[:5], params=params)
+    del view[2]
+    with pytest.raises(ValueError, match=r"draws of ColorJitter_2.*Draw anew"):
+        view(images, params=params)
+    for stage in (K.RandomMixUpV2(p=1.0), K.RandomChannelDropout(p=0.5)):
+        view[2] = stage
+        with pytest.raises(ValueError, match="cannot be cut"):
+            view.take(view.forward_parameters(images.shape), slice(0, 5))
 
 
 def test_draws_do_not_follow_a_cast_to_a_narrow_type() -> None:
@@ -433,6 +440,8 @@ def test_a_users_stage_sees_what_it_would_in_kornias_loop(at: int) -> None:
         K.RandomErasing(p=0.5),
         K.RandomAffine(20.0, p=0.5),
         K.RandomMixUpV2(p=1.0),
+        K.RandomMotionBlur((3, 7), 30.0, 0.5, p=0.5),
+        K.RandomChannelDropout(p=0.5),
         K.ImageSequential(K.RandomInvert(p=0.5), K.RandomHorizontalFlip(p=0.5)),
         kornia.enhance.Invert(),
     ):
@@ -511,12 +520,19 @@ def test_byol_views_given_by_hand_are_treated_as_the_default_ones() -> None:
 @torch.no_grad()
 def test_the_normalisation_is_read_off_the_views_own_stage() -> None:
     byol = learner()
-    byol.augment_fn[-1] = K.Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     images = small_photographs(16, 16) / 255
-    torch.testing.assert_close(
-        byol.representation(images), ((images - 0.5) / 0.25).mean(dim=(2, 3))
-    )
-    assert byol.normalisation == ((0.5,) * 3, (0.25,) * 3)
+    half, quarter = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    for stage in (
+        K.Normalize(half, quarter),
+        kornia.enhance.Normalize(half, quarter),
+        K.ImageSequential(K.Normalize(half, quarter)),
+    ):
+        byol.augment_fn[-1] = stage
+        expected = ((images - 0.5) / 0.25).mean(dim=(2, 3))
+        torch.testing.assert_close(byol.representation(images), expected)
+        assert byol.normalisation == ((0.5,) * 3, (0.25,) * 3)
+    byol.augment_fn = lambda x: x  # a function in a module's place
+    assert byol.normalisation is None
 
 
 def test_views_that_are_not_normalised_alike_are_refused() -> None:
@@ -598,10 +614,12 @@ def test_changes_hold_for_both_views() -> None:
         ({"scale": 0.5}, "scale=0.5.*give it twice"),
         ({"flip": "0.5"}, "flip='0.5'.*a number"),
         ({"mean": "imagenet"}, "mean='imagenet'.*numbers"),
+        ({"dtype": "float16"}, "dtype='float16'.*torch.float32"),
+        ({"hue_mode": "yiq"}, "byol_views knows no hue_mode"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         byol_views(**{"image_size": 32, **settings})  # type: ignore[arg-type]
 
 

@@ -240,7 +240,10 @@ PAIRS = [
         stages.RandomGaussianBlur((5, 5), (0.1, 2.0), p=0.5),
         K.RandomGaussianBlur((5, 5), (0.1, 2.0), p=0.5),
     ),
-    (stages.RandomSolarize((0.3, 0.7), p=0.5), K.RandomSolarize((0.3, 0.7), (0.0, 0.0), p=0.5)),
+    (
+        stages.RandomSolarize((0.3, 0.7), (0.0, 0.0), p=0.5),
+        K.RandomSolarize((0.3, 0.7), (0.0, 0.0), p=0.5),
+    ),
 ]
 
 
@@ -253,6 +256,44 @@ def test_draws_replay_in_stock_kornia_and_stocks_in_ours(ours: K.base, stock: K.
     from_ours = ours(images)
     torch.testing.assert_close(stock(images, params=ours._params), from_ours, atol=1e-5, rtol=0)
     ours.same_on_batch = False
+
+
+def test_what_is_not_ours_to_do_faster_is_stock_kornias() -> None:
+    images = torch.rand(4, 3, 20, 24)
+    for size, border in ((7, "reflect"), (5, "replicate"), (5, "circular"), (5, "constant")):
+        kernel = (3, size) if size == 7 else (5, 5)
+        ours, stock = (m.RandomGaussianBlur(kernel, (0.5, 2.0), border, p=1.0) for m in (stages, K))
+        expected = stock(images)
+        torch.testing.assert_close(ours(images, params=stock._params), expected, atol=1e-5, rtol=0)
+    ours, stock = (m.RandomSolarize(0.1, 0.1, p=1.0) for m in (stages, K))
+    expected = stock(images)
+    torch.testing.assert_close(ours(images, params=stock._params), expected, atol=1e-6, rtol=0)
+    assert ours.flags["thresholds"] == (0.4, 0.6)
+    with pytest.raises(ValueError, match=r"times=\(1, 3\).*\(20, 24\).*times=\(2, 2\)"):
+        stages.RandomRotation90((1, 3), p=1.0)(images)
+    assert stages.RandomResizedCrop((8, 8))(images[:0]).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("shift", [0.4, -30.0])
+def test_edited_boxes_are_whole_pixels_inside_the_image_on_every_path(shift: float) -> None:
+    view, images = one_view(16, **BARE), small_photographs(40, 50) / 255
+    params = view.forward_parameters(images.shape)
+    of(params, "RandomResizedCrop")["src"] += shift
+    eager, traced = (by(view, path)(images, params=params) for path in PATHS)
+    torch.testing.assert_close(eager, traced, atol=2e-5, rtol=0)
+
+
+def test_stages_used_alone_pass_gradients_on() -> None:
+    images = small_photographs(24, 24) / 255
+    for ours, stock in PAIRS:
+        ours.same_on_batch = True
+        grads = []
+        for stage, given in ((ours, None), (stock, ours)):
+            x = images.clone().requires_grad_()
+            stage(x, params=given and given._params).square().sum().backward()
+            grads.append(x.grad)
+        ours.same_on_batch = False
+        assert (grads[0] - grads[1]).abs().mean() < 0.02
 
 
 def test_masks_boxes_and_keypoints_follow_the_crop_and_the_flip() -> None:

@@ -8,6 +8,8 @@ import json
 import runpy
 import subprocess
 import sys
+from argparse import Namespace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,13 @@ def figures_of(script: str, file: Path, *arguments: object) -> tuple[str, dict[s
     return done.stdout, json.loads(file.read_text())
 
 
-def printed_rows(printed: str, names: list[str], width: int) -> list[list[float]]:
-    """The numbers of the lines that start with the names, in the order in which they came."""
+def printed_rows(
+    printed: str, names: list[str], width: int, *, words: int = 0
+) -> list[list[float]]:
+    """The numbers of the lines that start with the names, in the order in which they came; behind
+    the names stand so many words."""
     lines = [line for line in printed.splitlines() if line[:width].strip() in names]
-    return [[float(word) for word in line[width:].split()] for line in lines]
+    return [[float(word) for word in line[width:].split()[words:]] for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -77,20 +82,76 @@ def test_a_step_is_timed_against_the_floor(tmp_path: Path, options: tuple[str, .
     "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
 )
 def test_the_views_are_timed_against_stock_ones(tmp_path: Path, compiled: bool) -> None:
-    tiny = ("--sizes", 32, "--batch", BATCH, "--rounds", 1)
+    tiny = ("--sizes", 32, "--batch", BATCH, "--rounds", 1, "--float", "--clock", "cpu")
     skip = () if compiled else ("--skip-compiled",)
     printed, figures = figures_of("augmentation.py", tmp_path / "new" / "views.json", *tiny, *skip)
 
     methods = [METHODS[0], "byol_pytorch, compiled", *METHODS[1:]] if compiled else METHODS
-    rows = [row for row in figures["rows"] if row["method"] in methods]  # lightly may be there
-    of_rows = [(row["view"], row["method"]) for row in rows]
-    assert of_rows == [(view, method) for view in (1, 2) for method in methods]
-    for row, shown in zip(rows, printed_rows(printed, methods, 36), strict=True):
+    rows = [row for row in figures["rows"] if row["method"] in methods]  # peers may be there
+    of_rows = [(row["view"], row["images"], row["method"]) for row in rows]
+    assert of_rows == list(product((1, 2, "both"), ("uint8", "float"), methods))
+    for row, shown in zip(rows, printed_rows(printed, methods, 34, words=1), strict=True):
         assert shown[0] == pytest.approx(row["milliseconds"], abs=0.02)
+        assert shown[-2:] == pytest.approx([row["times_ours"], row["times_ours_float"]], abs=0.02)
         assert row["milliseconds"] * row["images_per_second"] == pytest.approx(BATCH * 1e3, rel=0.1)
         assert row["peak_memory"] >= 1  # the views themselves
-        if row["method"] == METHODS[0]:
-            assert row["times_ours"] == 1
+
+    by_row = dict(zip(of_rows, rows, strict=True))
+    for (view, images, method), row in by_row.items():
+        uint8, floats = (by_row[view, kind, METHODS[0]] for kind in ("uint8", "float"))
+        for base, ratio in ((uint8, row["times_ours"]), (floats, row["times_ours_float"])):
+            assert ratio == pytest.approx(row["milliseconds"] / base["milliseconds"], rel=0.02)
+        if view == "both":
+            parts = [by_row[part, images, method]["milliseconds"] for part in (1, 2)]
+            assert row["milliseconds"] == pytest.approx(sum(parts), abs=0.01)
+
+
+@pytest.mark.parametrize("module", ["torchtransform", "lightly"])
+def test_a_peer_of_the_views_that_is_missing_is_named_and_left_out(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from augmentation_methods import available
+
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    builders = available(Namespace(peers=None, skip_compiled=True))
+    assert [name for name in builders if name.startswith(module)] == []
+    assert list(builders)[: len(METHODS)] == METHODS
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(module)]
+    assert len(lines) == 1
+    assert "is left out: " in lines[0] and "--peers FOLDER" in lines[0]
+
+
+def test_ratios_of_views_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from augmentation import median_ratio
+
+    ours = [1.0, 10.0, 2.0]  # of a machine that was ten times as slow in the second round
+    other = [3.0, 30.0, 20.0]  # and, here, in the third; the ratio of the medians is 10
+    assert median_ratio(other, ours) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--rounds", "0"), "--rounds 0; expected a number of at least 1"),
+        (("--peers", "nowhere"), "--peers nowhere is no folder"),
+        (("--device", "cuda", "--clock", "cpu"), "--clock cpu does not see what cuda does"),
+    ],
+)
+def test_the_views_refuse_before_they_start(
+    arguments: tuple[str, ...],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", ["augmentation.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(BENCHMARKS / "augmentation.py"), run_name="__main__")
+    printed = capsys.readouterr()
+    assert sentence in printed.err.splitlines()[-1]
+    assert not printed.out
 
 
 @pytest.mark.parametrize(

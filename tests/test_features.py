@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.models import resnet as torchvision_resnet
 
 from byol_pytorch import BYOL
-from byol_pytorch.evaluation import _rows, features
+from byol_pytorch.evaluation import features, rows
 from byol_pytorch.evaluation.features import (
     FeatureReader,
     extract_features,
@@ -409,7 +409,7 @@ def in_two_processes(rank: int, port: int, folder: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    _rows._BLOCK, features._FLUSH = 50, 100
+    rows._BLOCK, features._FLUSH = 50, 100
     result: dict[str, Any] = {}
     torch.manual_seed(0)
     net = small_net()

@@ -23,6 +23,8 @@ from torch.ao.quantization import quantize_fx
 from torch.utils.checkpoint import checkpoint
 
 from byol_pytorch import BYOL
+from byol_pytorch.backbone.probe import probe_inputs
+from byol_pytorch.inputs import map_tensors
 
 HEADS = {"projection_size": 4, "projection_hidden_size": 8}
 
@@ -705,3 +707,24 @@ def test_frozen_parameters_stay_frozen():
     assert net.conv.weight.grad is None and net.norm.weight.grad is not None
     assert not any(p.requires_grad for p in learner.target.parameters())
     assert "net.conv.weight" not in learner.ddp_ignored()
+
+
+def test_tensors_inside_of_a_structure_are_walked_at_any_depth():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x, others):
+            return self.fc(x + others["shift"] * others["scales"][0])
+
+    rows, shift, scale = torch.rand(3, 2, 4)
+    example = (rows, {"shift": shift, "scales": [scale], "name": "a"})
+    net = Nested().double()
+    probe = probe_inputs(net, None, example)
+    assert isinstance(probe[1]["scales"], tuple) and probe[1]["name"] == "a"
+    assert torch.equal(probe[1]["scales"][0], scale.double())
+    two = map_tensors(lambda a, b: torch.cat((a, b)), example, example)
+    assert torch.equal(two[1]["scales"][0], torch.cat((scale, scale)))
+    learner = BYOL(net, None, example_input=example, projection_size=4, projection_hidden_size=8)
+    assert learner(example, example).isfinite()

@@ -16,11 +16,13 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 from unittest import mock
 
+import kornia
 import numpy as np
 import pytest
 import timm
@@ -36,9 +38,9 @@ from torch.utils.data.distributed import DistributedSampler
 import byol_pytorch
 from byol_pytorch import BYOL, optim
 from byol_pytorch import evaluation as ev
-from byol_pytorch.augment import byol_views, per_image
+from byol_pytorch.augment import byol_views, per_image, stages
 from byol_pytorch.checkpoint import export_backbone, keep_last, load, load_backbone, save
-from byol_pytorch.evaluation import _rows, features, protocols, svm
+from byol_pytorch.evaluation import features, protocols, rows, svm
 
 SOURCES = Path(byol_pytorch.__file__).parent
 SNAPSHOT = Path(__file__).with_name("messages.json")
@@ -167,9 +169,9 @@ def of_two(call: Callable[[], Any], counts: tuple[int, ...] = (3, 1)) -> Any:
         into[:] = counts
 
     with (
-        mock.patch.object(_rows, "process", return_value=(0, 2)),
+        mock.patch.object(rows, "process", return_value=(0, 2)),
         mock.patch.object(features, "process", return_value=(0, 2)),
-        mock.patch.object(_rows.dist, "all_gather_object", gather),
+        mock.patch.object(rows.dist, "all_gather_object", gather),
     ):
         return call()
 
@@ -183,6 +185,11 @@ NAN = ROWS.clone().index_fill_(0, torch.tensor([3]), float("nan"))
 
 def drawn(view: Any) -> Any:
     return view.forward_parameters(X.shape)
+
+
+def uncuttable(folder: Path) -> Any:
+    view = byol_views(16)[0].append(kornia.augmentation.RandomMixUpV2(p=1.0))
+    return view.take(drawn(view), slice(0, 2))
 
 
 def uncompilable(folder: Path) -> Any:
@@ -209,6 +216,11 @@ CASES: list[Case] = [
     ("views: integers", lambda f: byol_views(16)[0](X.int())),
     ("views: uncropped", lambda f: byol_views(32, crop=False)[0](X)),
     ("views: draws of others", lambda f: (v := byol_views(16)[0])(X[:2], params=drawn(v))),
+    ("views: unknown name", lambda f: byol_views(16, hue_mode="yiq")),
+    ("views: dtype", lambda f: byol_views(16, dtype="float16")),
+    ("views: other stages", lambda f: (v := byol_views(16)[0])(X, params=drawn(v[1:]))),
+    ("views: cannot be cut", uncuttable),
+    ("views: quarter turn", lambda f: stages.RandomRotation90((1, 3), p=1.0)(X[..., :8])),
     ("views: not compiled", uncompilable),
     ("views: normalised otherwise", built(augment_fn2=nn.Identity())),
     ("views: mean of others", built(mean=(0.1, 0.2))),
@@ -216,6 +228,7 @@ CASES: list[Case] = [
     ("per_image: sizes", lambda f: per_image(lambda x: x[:, : 8 + (x is not X[0])])(X[:2])),
     # the package
     ("package: a name of 0.9.1", lambda f: byol_pytorch.BYOLTrainer),
+    ("package: the module path of 0.9.1", lambda f: import_module("byol_pytorch.byol_pytorch")),
     ("package: an unknown name", lambda f: byol_pytorch.Byol),
     # networks
     ("net: a name", lambda f: wrap("resnet50")),
@@ -441,7 +454,7 @@ def two_inputs() -> nn.Module:
 def sharded_timm() -> Any:
     net = timm.create_model("resnet10t", channels=(4, 4, 4, 4), num_classes=0)
     net.unshard = print
-    return byol_pytorch.representation.timm_methods(net, X)
+    return byol_pytorch.backbone.representation.timm_methods(net, X)
 
 
 def without(package: str) -> Any:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from byol_pytorch import BYOL
-from byol_pytorch.locate import locate
+from byol_pytorch.backbone.locate import locate
+from byol_pytorch.backbone.probe import probe_inputs
 from byol_pytorch.optim import param_groups
-from byol_pytorch.probe import probe_inputs
 
 HEADS = {"projection_size": 4, "projection_hidden_size": 8}
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from byol_pytorch import BYOL
-from byol_pytorch.representation import Source
+from byol_pytorch.backbone.representation import Source
 from byol_pytorch.target import Target, ema_decay
 
 

@@ -1,70 +1,78 @@
-"""Times BYOL's two view distributions against stock kornia, torchvision and lightly, side by side.
+"""Times BYOL's two view distributions against those of other libraries, side by side.
 
     python examples/benchmarks/augmentation.py --sizes 224 --batch 64 --json figures.json
+    pip install --target peers --no-deps torchtransform==1.0.1 lightly lightly-utils
+    python examples/benchmarks/augmentation.py --peers peers --float
 
-uint8 images go in, normalised float32 views come out, on the device at hand. The methods take turns
-in every round and the medians are reported, so that a busy machine slows all of them alike.
+uint8 images go in, with --float also float images in [0, 1]; normalised float32 views come out, on
+the device at hand. All methods take a turn in every round, at both views, and each is set against
+ours of the same round: a busy machine slows both alike. The medians over the rounds are printed,
+first of each view, then of both together. A peer that is not installed is left out.
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import kornia.augmentation as K
 import torch
-import torchvision.transforms.v2 as T
+from augmentation_methods import OURS, Method, available
 from torch import Tensor, nn
 
-from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, byol_views, per_image
-
-BLUR = (1.0, 0.1)  # of the first and the second view
-SOLARIZE = (0.0, 0.2)
-Method = Callable[[Tensor], Tensor]
+Key = tuple[str, str]  # a method's name, and the kind of images that it gets: "uint8" or "float"
+Turns = dict[Key, list[list[float]]]  # of each method and round, the seconds of each view
 
 
 @dataclass(frozen=True)
 class Row:
     size: int
-    view: int
+    view: int | str  # 1, 2 or "both"
     method: str
+    images: str  # "uint8" or "float"
     milliseconds: float  # median, of one batch
     images_per_second: float
-    times_ours: float  # time over that of ours, eager
     times_floor: float  # time over that of reading the images and writing the views once
-    peak_memory: float  # most extra memory held at a time, over the bytes of the views
+    peak_memory: float  # most extra memory held at a time, over the bytes of one view
+    times_ours: float  # time over that of ours, eager, from uint8: median over the rounds
+    times_ours_float: float | None = None  # the same, of ours from float images; with --float
 
 
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
+    # A view that cannot be compiled goes on without; here it would be timed under a wrong name.
+    warnings.filterwarnings("error", "The views go on uncompiled")
     device = torch.device(args.device)
-    bandwidth = copy_bandwidth(device)
+    bandwidth = copy_bandwidth(device, args.clock)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{args.threads} CPU threads"
     print(
-        f"{name}, torch {torch.__version__}, batch {args.batch}, {bandwidth / 1e9:.1f} GB/s copied"
+        f"{name}{', CPU time' if args.clock == 'cpu' else ''}, torch {torch.__version__}, "
+        f"batch {args.batch}, {bandwidth / 1e9:.1f} GB/s copied"
     )
+    builders = available(args)
     rows = []
     for size in args.sizes:
-        images = smooth_noise(args.batch, round(size * 256 / 224)).to(device)
-        floor = (images.nbytes + args.batch * 3 * size * size * 4) / bandwidth
-        for view in args.views:
-            methods = peers(size, view - 1, images, compiled=not args.skip_compiled)
-            seconds = medians(methods, images, args.rounds)
-            ours = seconds["byol_pytorch, eager"]
-            for method, s in seconds.items():
-                memory = peak_memory(methods[method], images) / (args.batch * 3 * size * size * 4)
-                figures = (s * 1e3, args.batch / s, s / ours, s / floor, memory)
-                rows.append(Row(size, view, method, *(round(figure, 3) for figure in figures)))
-            print_table([row for row in rows if (row.size, row.view) == (size, view)])
+        torch.compiler.reset()  # a few sizes would reach torch's limit of recompilations
+        batches = {"uint8": smooth_noise(args.batch, round(size * 256 / 224)).to(device)}
+        if args.float:
+            batches["float"] = batches["uint8"] / 255
+        methods = {
+            (name, kind): [build(size, view - 1, kind, device) for view in args.views]
+            for kind in batches
+            for name, build in builders.items()
+        }
+        turns = take_turns(methods, batches, args)
+        of_size = rows_of(size, turns, methods, batches, bandwidth, args.views)
+        print_tables(of_size)
+        rows += of_size
     if args.json:
-        setting = {**vars(args), "json": None, "device": name, "copy_gb_per_s": bandwidth / 1e9}
+        setting = {**vars(args), "json": None, "peers": None, "device": name}
+        setting["copy_gb_per_s"] = bandwidth / 1e9
         args.json.write_text(
-            json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2)
+            json.dumps({**setting, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
         )
 
 
@@ -72,80 +80,35 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[32, 96, 224], help="side of the views"
+    gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--sizes", type=int, nargs="+", default=[32, 96, 224], help="default: %(default)s")
+    add("--views", type=int, nargs="+", default=[1, 2], choices=[1, 2])
+    add("--batch", type=int, default=256 if gpu else 32, help="default: %(default)s")
+    add("--rounds", type=int, default=11, help="turns of each method; default: %(default)s")
+    add("--float", action="store_true", help="time float images in [0, 1] as well as uint8 ones")
+    add(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: the process's CPU time, for busy machines without GPU; default: %(default)s",
     )
-    parser.add_argument("--views", type=int, nargs="+", default=[1, 2], choices=[1, 2])
-    parser.add_argument("--batch", type=int, default=256 if device == "cuda" else 32)
-    parser.add_argument("--rounds", type=int, default=7, help="timed turns of each method")
-    parser.add_argument("--device", default=device)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
-    parser.add_argument("--skip-compiled", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    add("--device", default="cuda" if gpu else "cpu", help="default: %(default)s, as found here")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of a CPU")
+    add("--skip-compiled", action="store_true", help="leave torch.compile out")
+    add("--peers", type=Path, metavar="FOLDER", help="where torchtransform and lightly are")
+    add("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_args()
+    args.views = sorted(set(args.views))
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}; expected a number of at least 1")
+    if args.clock == "cpu" and torch.device(args.device).type != "cpu":
+        parser.error(f"--clock cpu does not see what {args.device} does; use --clock wall")
+    if args.peers and not args.peers.is_dir():
+        parser.error(f"--peers {args.peers} is no folder; see the second line of --help")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     return args
-
-
-def peers(size: int, index: int, images: Tensor, *, compiled: bool) -> dict[str, Method]:
-    view = byol_views(size)[index]
-    methods: dict[str, Method] = {"byol_pytorch, eager": view}
-    if compiled:
-        methods["byol_pytorch, compiled"] = torch.compile(view, fullgraph=True)
-    stock = kornia_operations(size, index, images.device)
-    container = K.AugmentationSequential(*stock, data_keys=["input"])
-    plain = nn.Sequential(*stock)
-    methods["kornia AugmentationSequential"] = lambda x: container(x / 255)
-    methods["kornia nn.Sequential"] = lambda x: plain(x / 255)
-    torchvision = torchvision_transform(size, index)
-    methods["torchvision v2, per image"] = per_image(torchvision)
-    methods["torchvision v2, ONE draw a batch"] = torchvision
-    if importlib.util.find_spec("lightly"):
-        methods["lightly BYOL transform, per image"] = lightly_transform(size, index)
-    return methods
-
-
-def kornia_operations(size: int, index: int, device: torch.device) -> list[nn.Module]:
-    mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    kernel = 2 * int(size / 20) + 1
-    operations = [
-        K.RandomResizedCrop((size, size), (0.08, 1.0), (3 / 4, 4 / 3), resample="bicubic"),
-        K.RandomHorizontalFlip(0.5),
-        K.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
-        K.RandomGrayscale(p=0.2),
-        K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=BLUR[index]),
-        K.Normalize(mean, std),
-    ]
-    if SOLARIZE[index]:
-        solarize = K.RandomSolarize((0.5, 0.5), (0.0, 0.0), p=SOLARIZE[index])
-        operations.insert(-1, solarize)
-    return operations
-
-
-def torchvision_transform(size: int, index: int) -> T.Transform:
-    blur = T.GaussianBlur(2 * int(size / 20) + 1, (0.1, 2.0))
-    return T.Compose(
-        [
-            T.RandomResizedCrop(size, interpolation=T.InterpolationMode.BICUBIC, antialias=True),
-            T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-            T.RandomGrayscale(0.2),
-            T.RandomApply([blur], p=BLUR[index]),
-            T.RandomSolarize(128, p=SOLARIZE[index]),
-            T.ToDtype(torch.float32, scale=True),
-            T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-
-
-def lightly_transform(size: int, index: int) -> Method:
-    """On PIL images, as lightly's loaders give them; turning tensors into those is part of it."""
-    from lightly.transforms import byol_transform
-
-    kind = (byol_transform.BYOLView1Transform, byol_transform.BYOLView2Transform)[index]
-    return per_image(T.Compose([T.ToPILImage(), kind(input_size=size)]))
 
 
 def smooth_noise(batch: int, side: int) -> Tensor:
@@ -157,38 +120,44 @@ def smooth_noise(batch: int, side: int) -> Tensor:
     return (images.clamp(0, 1) * 255).to(torch.uint8)
 
 
-def medians(methods: dict[str, Method], images: Tensor, rounds: int) -> dict[str, float]:
-    for method in methods.values():
-        for _ in range(3):
-            method(images)
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(rounds):
-        for name, method in methods.items():
-            times[name].append(seconds_of(lambda method=method: method(images), images.device))
-    return {name: statistics.median(values) for name, values in times.items()}
+def take_turns(
+    methods: dict[Key, list[Method]], batches: dict[str, Tensor], args: argparse.Namespace
+) -> Turns:
+    for (_, kind), views in methods.items():
+        for view in views:
+            for _ in range(3):
+                view(batches[kind])
+    turns: Turns = {key: [] for key in methods}
+    keys = list(methods)
+    for number in range(args.rounds):
+        for key in keys if number % 2 == 0 else reversed(keys):  # so that neighbours change
+            images = batches[key[1]]
+            seconds = [seconds_of(view, images, args.clock) for view in methods[key]]
+            turns[key].append(seconds)
+    return turns
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def seconds_of(work: Method, images: Tensor, clock: str) -> float:
+    synchronize = torch.cuda.synchronize if images.is_cuda else lambda: None
+    now = time.process_time if clock == "cpu" else time.perf_counter
+    synchronize()
+    start = now()
+    work(images)
+    synchronize()
+    return now() - start
 
 
-def copy_bandwidth(device: torch.device) -> float:
+def copy_bandwidth(device: torch.device, clock: str) -> float:
     """Bytes read and written a second by a large copy."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source).copy_(source)
-    best = min(seconds_of(lambda: target.copy_(source), device) for _ in range(7))
+    best = min(seconds_of(target.copy_, source, clock) for _ in range(7))
     return 2 * source.nbytes / best
 
 
 def peak_memory(method: Method, images: Tensor) -> int:
     """The most bytes that one call holds at a time beyond its input, its result included."""
-    if images.device.type == "cuda":
+    if images.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         method(images)
@@ -203,15 +172,58 @@ def peak_memory(method: Method, images: Tensor) -> int:
     return peak
 
 
-def print_table(rows: list[Row]) -> None:
-    print(f"\n{rows[0].size} px, view {rows[0].view}")
-    print(f"{'':36}{'ms':>9}{'images/s':>10}{'x ours':>8}{'x floor':>9}{'memory':>8}")
-    for row in rows:
-        print(
-            f"{row.method:36}{row.milliseconds:9.2f}{row.images_per_second:10.0f}"
-            f"{row.times_ours:8.2f}{row.times_floor:9.1f}{row.peak_memory:8.2f}"
-        )
-    print("ms: one batch; memory: peak, result included, over the bytes of the float32 views")
+def rows_of(
+    size: int,
+    turns: Turns,
+    methods: dict[Key, list[Method]],
+    batches: dict[str, Tensor],
+    bandwidth: float,
+    views: list[int],
+) -> list[Row]:
+    """The rows of each view, then of both together."""
+    batch = len(batches["uint8"])
+    view_bytes = batch * 3 * size * size * 4
+    peaks = {
+        key: [peak_memory(view, batches[key[1]]) / view_bytes for view in methods[key]]
+        for key in methods
+    }
+    parts: dict[int | str, list[int]] = {view: [i] for i, view in enumerate(views)}
+    if len(views) == 2:
+        parts["both"] = [0, 1]
+    rows = []
+    for part, chosen in parts.items():
+        rounds = {key: [sum(turn[i] for i in chosen) for turn in turns[key]] for key in turns}
+        for (name, kind), seconds in rounds.items():
+            median = statistics.median(seconds)
+            ratios = [median_ratio(seconds, rounds[OURS, base]) for base in batches]
+            floor = len(chosen) * (batches[kind].nbytes + view_bytes) / bandwidth
+            peak = max(peaks[name, kind][i] for i in chosen)
+            figures = (median * 1e3, batch / median, median / floor, peak, *ratios)
+            rows.append(Row(size, part, name, kind, *(round(figure, 3) for figure in figures)))
+    return rows
+
+
+def median_ratio(seconds: list[float], base: list[float]) -> float:
+    """Within a round, where both met the same machine."""
+    return statistics.median(a / b for a, b in zip(seconds, base, strict=True))
+
+
+def print_tables(rows: list[Row]) -> None:
+    for part, title in {1: "view 1", 2: "view 2", "both": "both views"}.items():
+        of_part = [row for row in rows if row.view == part]
+        if of_part:
+            print(f"\n{rows[0].size} px, {title}")
+            print(f"{'':34}{'images':>7}{'ms':>10}{'images/s':>10}", end="")
+            print(f"{'x floor':>9}{'memory':>8}{'x ours':>8}{'x float':>9}")
+        for row in of_part:
+            ratio = "" if row.times_ours_float is None else f"{row.times_ours_float:9.2f}"
+            print(
+                f"{row.method:34}{row.images:>7}{row.milliseconds:10.2f}"
+                f"{row.images_per_second:10.0f}{row.times_floor:9.1f}{row.peak_memory:8.2f}"
+                f"{row.times_ours:8.2f}{ratio}"
+            )
+    print("ms: one batch; memory: peak, result included, over the bytes of one float32 view;")
+    print("x ours: over our eager views from uint8; x float: over those from float (with --float)")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Health figures of a run: has it collapsed, do online and target network agree."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from byol_pytorch.inputs import tensors
 
 
 @torch.no_grad()
@@ -16,6 +20,16 @@ def health(projections: Tensor, predictions: Tensor, targets: Tensor) -> dict[st
     )
     names = ("feature_std", "effective_rank", "agreement")
     return dict(zip(names, figures.tolist(), strict=True))
+
+
+def check_diagnosed(images: Any) -> None:
+    """Raise ValueError where `images` are too few for figures of a batch."""
+    if tensors(images)[0].shape[0] < 2:
+        raise ValueError(
+            "diagnostics() got 1 image, and its figures say how the images of a batch differ; "
+            "expected at least 2. Give it some hundred, which make feature_std and effective_rank "
+            "comparable from call to call."
+        )
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""What the learner takes: the layout of images and views, and every check of what a user gave.
+"""What networks take: a tensor, or a tuple or mapping of some; how it is walked, and its layout.
 
-Checks run once, at the public boundary; what is behind it trusts them.
+What is wrong with a network, its heads or the views' size is found where those live.
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,91 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from byol_pytorch._arguments import is_count, is_number
-from byol_pytorch.augment.views import sides
-from byol_pytorch.heads import Synchronised, world_size
-from byol_pytorch.probe import tensors
+
+def tensors(inputs: Any) -> list[Tensor]:
+    """The tensors of an input or output that is one, or a flat tuple, list or mapping of some."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    held = isinstance(inputs, (Mapping, tuple, list))
+    return [x for x in values if isinstance(x, Tensor)] if held else []
+
+
+def map_tensors(function: Callable[..., Any], *inputs: Any) -> Any:
+    """What `function` makes of each tensor of an input, in the structure of the input.
+
+    An input is a tensor, or a tuple, list or mapping of inputs; what else is in it stays. Of
+    several inputs of one structure `function` takes a tensor each. Gives tuples and dicts.
+    """
+    first = inputs[0]
+    if isinstance(first, Tensor):
+        return function(*inputs)
+    if isinstance(first, Mapping):
+        return {key: map_tensors(function, *[x[key] for x in inputs]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return tuple([map_tensors(function, *parts) for parts in zip(*inputs, strict=True)])
+    return first
+
+
+def call(net: nn.Module, inputs: Any) -> Any:
+    """net(tensor), net(*tuple) or net(**mapping)."""
+    if isinstance(inputs, Mapping):
+        return net(**inputs)
+    return net(*inputs) if isinstance(inputs, (tuple, list)) else net(inputs)
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer works on: its first argument, or what a keyword call has in its place."""
+    if args or "input" in kwargs:
+        return args[0] if args else kwargs["input"]
+    return next(iter(tensors(kwargs)), None)
+
+
+def fresh(inputs: Any) -> Any:
+    """`inputs` with copies of its tensors, for a network that works on them in place."""
+    return map_tensors(torch.clone, inputs)
+
+
+def copied(value: Any) -> Any:
+    """What a layer gave, its tensors and what holds them copied: a later one may work in place."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, MutableMapping):
+        twin = copy.copy(value)  # a ModelOutput stays one
+        for key, part in value.items():
+            twin[key] = copied(part)
+        return twin
+    if isinstance(value, (tuple, list)):
+        parts = [copied(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def scaled(images: Any) -> Any:
+    """uint8 to float32 in [0, 1]; everything else as it is."""
+    return map_tensors(lambda x: x.float() / 255 if x.dtype == torch.uint8 else x, images)
+
+
+def for_network(inputs: Any, dtype: torch.dtype) -> Any:
+    """`inputs` in the network's `dtype`; under autocast as they are, for it casts by itself.
+
+    All but float64, which autocast leaves alone, so that it would meet float32 weights.
+    """
+    held = tensors(inputs)
+    casts = torch.is_autocast_enabled(held[0].device.type)
+    if casts and not any(x.dtype == torch.float64 for x in held):
+        return inputs
+    return as_dtype(inputs, dtype)
+
+
+def as_dtype(inputs: Any, dtype: torch.dtype) -> Any:
+    """The floating-point tensors of `inputs` in `dtype`."""
+    return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
+
+
+def concatenated(one: Any, two: Any) -> Any:
+    """Both views as one batch."""
+    return map_tensors(lambda x, y: torch.cat((x, y)), one, two)
 
 
 @dataclass(frozen=True)
@@ -174,158 +256,6 @@ def check_alike(one: Any, two: Any) -> None:
             f"The two views have different shapes, {shapes[0]} and {shapes[1]}; expected the same. "
             "Make both augmentations give one size."
         )
-
-
-def check_batch(view: Any, heads: tuple[nn.Module, ...]) -> None:
-    """Raise ValueError where training heads would normalise over a single image."""
-    if tensors(view)[0].shape[0] > 1:
-        return
-    norms = [m for h in heads for m in h.modules() if isinstance(m, nn.BatchNorm1d) and m.training]
-    if any(not (isinstance(m, Synchronised) and m.synchronises()) for m in norms):
-        raise ValueError(
-            "The batch holds 1 image, and the heads' batch normalisation needs at least 2 in "
-            "training (over all processes where it is synchronised; "
-            f"{world_size()} process(es) now). Give larger batches (DataLoader(drop_last=True)), "
-            "or call learner.eval() for embeddings."
-        )
-
-
-def check_diagnosed(images: Any) -> None:
-    """Raise ValueError where `images` are too few for figures of a batch."""
-    if tensors(images)[0].shape[0] < 2:
-        raise ValueError(
-            "diagnostics() got 1 image, and its figures say how the images of a batch differ; "
-            "expected at least 2. Give it some hundred, which make feature_std and effective_rank "
-            "comparable from call to call."
-        )
-
-
-def check_network(net: Any) -> None:
-    """Raise TypeError, ValueError or RuntimeError unless `net` is a bare, trainable module."""
-    if not isinstance(net, nn.Module):
-        raise TypeError(
-            f"net is a {type(net).__name__}; expected a torch.nn.Module, such as "
-            'timm.create_model("resnet50") (the model, not its name or class).'
-        )
-    if isinstance(net, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(
-        net, "unshard"
-    ):
-        raise TypeError(
-            f"net is already a {type(net).__name__}; expected the bare network. Build BYOL first, "
-            "then wrap the learner: DDP(learner) or fully_shard(learner)."
-        )
-    if not any(p.is_floating_point() for p in net.parameters()):
-        raise ValueError(
-            f"net ({type(net).__name__}) has no floating-point parameters; expected a network "
-            "with weights to train."
-        )
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "BYOL was called under torch.inference_mode(), where no layer that is made can train. "
-            "Build it outside of it."
-        )
-    scripted = [name for name, m in net.named_modules() if isinstance(m, torch.jit.ScriptModule)]
-    if scripted:
-        raise TypeError(
-            f"net is TorchScript{f' in its layer {scripted[0]!r}' if scripted[0] else ''}, whose "
-            "layers cannot be observed; expected the plain nn.Module. Train that with BYOL, then "
-            "torch.jit.script(net)."
-        )
-    quantised = [type(module).__name__ for module in net.modules() if _quantises(module)]
-    if quantised:
-        raise TypeError(
-            f"net is quantised or prepared for it: it holds {len(quantised)} modules such as a "
-            f"{quantised[0]}; expected the plain float network. Train it with BYOL first, then "
-            "prepare and quantise net."
-        )
-
-
-def _quantises(module: nn.Module) -> bool:
-    # By name: torchao, whose classes are meant too, need not be there.
-    return any(
-        base.__name__.startswith("FakeQuantize")
-        or base.__name__ in ("ObserverBase", "WeightedQuantizedModule")
-        for base in type(module).__mro__
-    )
-
-
-def check_image_size(image_size: Any, example_input: Any) -> tuple[int, int] | None:
-    """(height, width) of a valid image_size; None where example_input stands for it."""
-    if image_size is None and example_input is not None:
-        return None
-    return sides(image_size)
-
-
-def check_example(example: Any) -> None:
-    """Raise TypeError for an example_input without tensors, ValueError for one without a batch."""
-    if example is None:
-        return
-    held = tensors(example)
-    if not held:
-        raise TypeError(
-            f"example_input is a {type(example).__name__} without tensors; expected a tensor, or "
-            "a flat tuple or mapping of tensors, batch first. Convert arrays by torch.from_numpy."
-        )
-    if any(x.ndim == 0 or x.shape[0] == 0 for x in held):
-        shapes = ", ".join(str(tuple(x.shape)) for x in held)
-        raise ValueError(
-            f"example_input has shape {shapes}; expected at least 1 sample in axis 0 of each "
-            "tensor. Put a batch axis in front: x[None]."
-        )
-
-
-def check_decay(decay: Any, total_steps: Any) -> None:
-    """Raise ValueError unless the decay is in [0, 1] and total_steps None or at least 1."""
-    if not is_number(decay) or not 0 <= decay <= 1:
-        raise ValueError(
-            f"moving_average_decay={decay!r}; expected a number in [0, 1], for example 0.996."
-        )
-    if total_steps is not None and not is_count(total_steps):
-        raise ValueError(
-            f"total_steps={total_steps!r}; expected the number of optimizer steps of the whole "
-            "run, at least 1, or None for a constant decay."
-        )
-
-
-def scaled(images: Any) -> Any:
-    """uint8 to float32 in [0, 1]; everything else as it is."""
-    if isinstance(images, Tensor):
-        return images.float() / 255 if images.dtype == torch.uint8 else images
-    if isinstance(images, Mapping):
-        return {key: scaled(x) for key, x in images.items()}
-    return tuple(map(scaled, images)) if isinstance(images, (tuple, list)) else images
-
-
-def for_network(inputs: Any, dtype: torch.dtype) -> Any:
-    """`inputs` in the network's `dtype`; under autocast as they are, for it casts by itself.
-
-    All but float64, which autocast leaves alone, so that it would meet float32 weights.
-    """
-    held = tensors(inputs)
-    casts = torch.is_autocast_enabled(held[0].device.type)
-    if casts and not any(x.dtype == torch.float64 for x in held):
-        return inputs
-    return as_dtype(inputs, dtype)
-
-
-def as_dtype(inputs: Any, dtype: torch.dtype) -> Any:
-    """The floating-point tensors of `inputs` in `dtype`."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(dtype) if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {key: as_dtype(x, dtype) for key, x in inputs.items()}
-    return (
-        tuple(as_dtype(x, dtype) for x in inputs) if isinstance(inputs, (tuple, list)) else inputs
-    )
-
-
-def concatenated(one: Any, two: Any) -> Any:
-    """Both views as one batch."""
-    if isinstance(one, Tensor):
-        return torch.cat((one, two))
-    if isinstance(one, Mapping):
-        return {key: concatenated(x, two[key]) for key, x in one.items()}
-    return tuple(concatenated(x, y) for x, y in zip(one, two, strict=True))
 
 
 def range_warning(images: Any, clipped: bool) -> str | None:

@@ -12,40 +12,39 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch._arguments import (
+from byol_pytorch.arguments import (
     check_augmentations,
     check_flags,
     check_hidden_layer,
     check_sizes,
 )
-from byol_pytorch.augment.views import as_view, byol_views
-from byol_pytorch.diagnostics import health
-from byol_pytorch.heads import mlp, simplicial_embedding, simsiam_mlp
+from byol_pytorch.augment.views import as_view, byol_views, sides
+from byol_pytorch.backbone import (
+    Pool,
+    Representation,
+    check_example,
+    check_gradient,
+    check_network,
+    copy_for_target,
+    drawing,
+    evaluating,
+    locate,
+    probe_inputs,
+)
+from byol_pytorch.diagnostics import check_diagnosed, health
+from byol_pytorch.heads import check_batch, mlp, simplicial_embedding, simsiam_mlp
 from byol_pytorch.inputs import (
     Layout,
-    check_batch,
-    check_decay,
-    check_diagnosed,
-    check_example,
-    check_image_size,
-    check_network,
     concatenated,
     for_network,
     has_range,
     range_warning,
     scaled,
+    tensors,
 )
-from byol_pytorch.locate import locate
 from byol_pytorch.loss import regression_loss
-from byol_pytorch.probe import drawing, evaluating, probe_inputs, tensors
-from byol_pytorch.representation import (
-    Pool,
-    Representation,
-    check_gradient,
-    copy_for_target,
-    uncompiled,
-)
-from byol_pytorch.target import Target, ema_decay
+from byol_pytorch.parallel import uncompiled
+from byol_pytorch.target import Target, check_decay, ema_decay
 
 Augmentation = Callable[[Any], Any]
 Stats = tuple[float, ...] | Literal["auto"] | None
@@ -150,7 +149,7 @@ class BYOL(nn.Module):
         check_hidden_layer(hidden_layer)
         check_augmentations(augment_fn, augment_fn2)
         check_example(example_input)
-        size = check_image_size(image_size, example_input)
+        size = None if image_size is None and example_input is not None else sides(image_size)
         inputs = probe_inputs(uncompiled(net), size, example_input)
         found = locate(net, inputs, hidden_layer, pool)
         self.net, self.image_size = net, size
@@ -364,6 +363,11 @@ class BYOL(nn.Module):
                 "byol_views(image_size, mean=..., std=...)[0] as augment_fn, with mean=None and "
                 "std=None where augment_fn2 does not normalise."
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("augment_fn", "augment_fn2") and not isinstance(value, nn.Module):
+            self.__dict__.get("_modules", {}).pop(name, None)  # torch refuses functions there
+        super().__setattr__(name, value)
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from byol_pytorch._arguments import is_number
+from byol_pytorch.arguments import is_number
+from byol_pytorch.parallel import is_learner, local, uncompiled
 
 TensorList = list[Tensor] | tuple[Tensor, ...]
 CACHED = 2**18  # parameters that a CPU updates at a time; a larger tensor comes alone
@@ -94,9 +95,9 @@ class LARS(torch.optim.Optimizer):
             if not self.state[p]:
                 wide = torch.promote_types(p.dtype, torch.float32)
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=wide)
-        weights = [_local(p) for p in parameters]
-        momenta = [_local(self.state[p]["momentum_buffer"]) for p in parameters]
-        updates: TensorList = [_local(p.grad) for p in parameters]
+        weights = [local(p) for p in parameters]
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in parameters]
+        updates: TensorList = [local(p.grad) for p in parameters]
         if updates[0].dtype != momenta[0].dtype:
             gradients, updates = updates, [torch.empty_like(m) for m in momenta]
             torch._foreach_copy_(updates, gradients)
@@ -136,8 +137,8 @@ def param_groups(learner: nn.Module, weight_decay: float) -> list[dict[str, Any]
     Raises ValueError for a negative decay, or a module other than a BYOL learner.
     """
     _check_number("weight_decay", weight_decay, math.inf)
-    source: Any = getattr(learner, "_orig_mod", learner)
-    if not hasattr(source, "ddp_ignored"):
+    source: Any = uncompiled(learner)
+    if not is_learner(source):
         hint = "ddp.module" if hasattr(source, "module") else "BYOL(net, image_size)"
         raise ValueError(
             f"param_groups got a {type(source).__name__}; expected the BYOL learner. Pass {hint}."
@@ -302,8 +303,3 @@ def _norms(tensors: TensorList, dtype: torch.dtype) -> TensorList:
     # travels between the cores, at several times the norm's cost; rows stay where they are.
     rows = torch.linalg.vector_norm(tensors[0], dim=tuple(range(1, tensors[0].ndim)), dtype=dtype)
     return [torch.linalg.vector_norm(rows)]
-
-
-def _local(x: Any) -> Tensor:
-    shard: Tensor = x.to_local() if hasattr(x, "to_local") else x
-    return shard

@@ -1,6 +1,6 @@
 """The EMA target: a frozen copy of the online backbone and projector, its update and schedule.
 
-How the copy is made lives in representation.py, when it is updated in learner.py.
+How the copy is made lives in backbone, when it is updated in learner.py.
 """
 
 import math
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.representation import Representation, Source
+from byol_pytorch.arguments import is_count, is_number
+from byol_pytorch.backbone import Representation, Source
+from byol_pytorch.parallel import local
 
 
 def ema_decay(base: float, step: int, total_steps: int | None) -> float:
@@ -23,6 +25,19 @@ def ema_decay(base: float, step: int, total_steps: int | None) -> float:
         return base
     progress = min(step / total_steps, 1.0)
     return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+
+
+def check_decay(decay: Any, total_steps: Any) -> None:
+    """Raise ValueError unless the decay is in [0, 1] and total_steps None or at least 1."""
+    if not is_number(decay) or not 0 <= decay <= 1:
+        raise ValueError(
+            f"moving_average_decay={decay!r}; expected a number in [0, 1], for example 0.996."
+        )
+    if total_steps is not None and not is_count(total_steps):
+        raise ValueError(
+            f"total_steps={total_steps!r}; expected the number of optimizer steps of the whole "
+            "run, at least 1, or None for a constant decay."
+        )
 
 
 class Target(nn.Module):
@@ -106,7 +121,7 @@ class Target(nn.Module):
             self._pairing = Pairing(modules)
         # Read at each call, and as local shards: FSDP swaps the parameters of a module.
         target, online = self._pairing.read()
-        return list(map(_local, target)), list(map(_local, online))
+        return list(map(local, target)), list(map(local, online))
 
     def _float32_copies(self, narrow: list[Tensor]) -> list[Tensor]:
         copies = list(self.float32.buffers())
@@ -130,13 +145,13 @@ class Target(nn.Module):
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # Moved or cast: what is narrow now has a float32 copy of the value as it was before, and
         # what was narrow takes its value from the copy.
-        before = [_local(p).detach() for p in self.parameters()]
+        before = [local(p).detach() for p in self.parameters()]
         narrow = [i for i, p in enumerate(before) if _is_narrow(p)]
         for i, copy in zip(narrow, self._float32_copies([before[i] for i in narrow]), strict=True):
             before[i] = copy
         super()._apply(fn, recurse)
         copies = []
-        for i, parameter in enumerate(map(_local, self.parameters())):
+        for i, parameter in enumerate(map(local, self.parameters())):
             if _is_narrow(parameter):
                 meta = before[i].is_meta  # to_empty(): there is no value to keep
                 value = parameter if meta else before[i]
@@ -211,10 +226,3 @@ def _is_float(x: Tensor) -> bool:
 
 def _is_narrow(x: Tensor) -> bool:
     return x.is_floating_point() and x.dtype.itemsize < 4
-
-
-def _local(parameter: Tensor) -> Tensor:
-    if type(parameter) is nn.Parameter:  # most are, and asking them for to_local is slow
-        return parameter
-    to_local = getattr(parameter, "to_local", None)
-    return parameter if to_local is None else to_local()

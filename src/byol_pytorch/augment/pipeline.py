@@ -1,9 +1,11 @@
 """The container of a view's stages: kornia's ImageSequential at the speed of a training step."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
+import kornia
 import kornia.augmentation as K
 import torch
 from kornia.augmentation.base import _BasicAugmentationBase
@@ -22,8 +24,8 @@ SHARED = ("order", "forward_input_shape", "data_keys")  # draws that are not one
 CHUNK = {"cpu": 2**18}
 CHUNK_ELSEWHERE = 2**26
 
-# What these do to an image is their apply_transform alone; it needs no matrix of the geometry, and
-# may be called for some images of a batch. All other stages are called as kornia calls them.
+# What these do to an image is their apply_transform alone, which needs no matrix of the geometry
+# and may be called for some images of a batch. All others are called on the whole, as by kornia.
 DIRECT = (
     ours.RandomResizedCrop, K.RandomHorizontalFlip, K.RandomVerticalFlip, ours.RandomRotation90,
     ours.ColorJitter, K.RandomGrayscale, ours.RandomGaussianBlur, ours.RandomSolarize, K.Normalize,
@@ -107,45 +109,68 @@ class ViewSequential(K.ImageSequential):
                 params = view.forward_parameters((256, 3, 224, 224))
             view(images, params=view.take(params, slice(first, first + len(images))))
         """
+        for item in params:
+            stage = self.get_submodule(item.name)
+            names = item.data if isinstance(item.data, dict) else ()
+            mixes = isinstance(stage, K.MixAugmentationBaseV2 | K.PatchSequential)
+            if mixes or "batch_idx" in names or "idx" in names:
+                raise ValueError(
+                    f"The draws of {item.name} name images of their batch, and cannot be cut. "
+                    "Put the stage behind the view, on the parts of the batch."
+                )
         return [ParamItem(item.name, _take(item.data, rows)) for item in params]
 
     def transform_inputs(
         self, input: Tensor, params: list[ParamItem], extra_args: Any = None
     ) -> Tensor:
         """The images through the stages with the draws `params`."""
-        steps = [self._step(item, input) for item in params]
+        steps = [self._step(item, len(input)) for item in params]
         if input.shape[1] != 3:
-            steps = [step for step in steps if not _rgb_only(step.stage)]
-        count = len(input)
-        if not torch.compiler.is_compiling() and all(step.by_image for step in steps):
-            height, width = self.image_size or input.shape[2:]
-            values = CHUNK.get(input.device.type, CHUNK_ELSEWHERE)
-            count = max(1, values // (input.shape[1] * height * width))
+            steps = [step for step in steps if not getattr(step.stage, "rgb_only", False)]
+        if not steps or type(steps[0].stage) is not ours.RandomResizedCrop:
+            input = to_unit(input)
+        groups = groupby(steps, key=lambda step: _is_direct(step.stage, extra_args))
+        for direct, group in [(direct, list(group)) for direct, group in groups]:
+            if direct:
+                last = group[-1] is steps[-1]
+                input = self._in_chunks(input, group, self.dtype if last else torch.float32)
+            else:
+                input = _by_kornia(input, group, extra_args)
+        return input.to(self.dtype, memory_format=self.memory_format)
+
+    def _in_chunks(self, images: Tensor, steps: list["Step"], dtype: torch.dtype) -> Tensor:
+        """Direct stages on so many images at a time as stay in the cache."""
+        height, width = self.image_size or images.shape[2:]
+        values = CHUNK.get(images.device.type, CHUNK_ELSEWHERE)
+        count = max(1, values // (images.shape[1] * height * width))
+        if count >= len(images) or torch.compiler.is_compiling():
+            return _run(images, steps, slice(0, len(images)))
         view: Any = None
-        if count >= len(input):
-            view = _run(input, steps, slice(0, len(input)), extra_args)
-            return view.to(self.dtype, memory_format=self.memory_format)
-        for start in range(0, len(input), count):
+        for start in range(0, len(images), count):
             rows = slice(start, start + count)
-            some = _run(input[rows], steps, rows, extra_args)
+            some = _run(images[rows], steps, rows)
             if view is None:
+                shape, where = (len(images), *some.shape[1:]), some.device
                 view = torch.empty(
-                    (len(input), *some.shape[1:]),
-                    dtype=self.dtype,
-                    device=some.device,
-                    memory_format=self.memory_format,
+                    shape, dtype=dtype, device=where, memory_format=self.memory_format
                 )
             view[rows] = some
         return view
 
     def statistics(self, channels: int) -> tuple[Tensor, Tensor] | None:
-        """Mean and std, one value a channel, that the Normalize stages take from the views and
-        divide them by; None without such a stage. Raises ValueError for another channel count."""
+        """Mean and std, one value a channel, that the Normalize stages (kornia.augmentation's and
+        kornia.enhance's) take from the views and divide them by; None without one. Raises
+        ValueError for another channel count."""
         found: tuple[Tensor, Tensor] | None = None
-        for stage in self:
-            if not isinstance(stage, K.Normalize) or (channels != 3 and _rgb_only(stage)):
+        for stage in self.modules():
+            if not isinstance(stage, K.Normalize | kornia.enhance.Normalize):
                 continue
-            values = {name: stage.flags[name].detach().flatten() for name in ("mean", "std")}
+            if channels != 3 and getattr(stage, "rgb_only", False):
+                continue
+            held: Any = (
+                stage.flags if isinstance(stage, K.Normalize) else dict(stage.named_buffers())
+            )
+            values = {name: held[name].detach().flatten() for name in ("mean", "std")}
             for name, value in values.items():
                 if len(value) not in (1, channels):
                     raise ValueError(
@@ -165,7 +190,7 @@ class ViewSequential(K.ImageSequential):
             statistics, images = self.statistics(images.shape[1]), to_unit(images)
             if statistics is None:
                 return images
-            mean, std = (x.view(-1, 1, 1) for x in statistics)
+            mean, std = (x.to(images.device).view(-1, 1, 1) for x in statistics)
             return (images - mean) / std
 
     # nn.Sequential's ways to change a list, which kornia's names of the stages break.
@@ -221,20 +246,20 @@ class ViewSequential(K.ImageSequential):
                     if isinstance(held.get(name), Tensor) and held[name].device != device:
                         held[name] = held[name].to(device)
 
-    def _step(self, item: ParamItem, images: Tensor) -> "Step":
-        stage, count = self.get_submodule(item.name), len(images)
-        if not isinstance(item.data, dict):
-            return Step(stage, item.data, by_image=False)
-        drawn_for = len(item.data["batch_prob"])
-        if drawn_for not in (1, count):
+    def _step(self, item: ParamItem, count: int) -> "Step":
+        stage = self._modules.get(item.name)
+        if stage is None:
+            raise ValueError(
+                f"The params hold draws of {item.name}, and the stages are "
+                f"{', '.join(self._modules)}. Draw anew after a change of the stages."
+            )
+        drawn_for = len(item.data["batch_prob"]) if isinstance(item.data, dict) else count
+        if drawn_for != count:
             raise ValueError(
                 f"The params were drawn for {drawn_for} images, and {count} came. Draw for as many "
                 "as come, or cut the params with view.take(params, rows)."
             )
-        by_image = isinstance(stage, K.AugmentationBase2D) and all(
-            name in SHARED or len(value) in (1, count) for name, value in item.data.items()
-        )
-        return Step(stage, item.data, by_image)
+        return Step(stage, item.data)
 
     def _fastest(self, input: Tensor) -> Any:
         wanted = input.device.type == "cuda" if self.compiles is None else self.compiles
@@ -248,6 +273,7 @@ class ViewSequential(K.ImageSequential):
         try:
             return self._compiled(*args)
         except Exception as error:
+            result = self._draw_and_run(*args)  # raises by itself what is not the compiler's fault
             warnings.warn(
                 f"The views go on uncompiled, slower on a GPU: torch.compile failed with "
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
@@ -255,7 +281,7 @@ class ViewSequential(K.ImageSequential):
                 stacklevel=4,
             )
             self.compiles, self._compiled = False, None
-            return self._draw_and_run(*args)
+            return result
 
     def _draw_and_run(
         self, input: Tensor, params: list[ParamItem] | None, extra_args: Any
@@ -265,72 +291,58 @@ class ViewSequential(K.ImageSequential):
 
 
 class Step(NamedTuple):
-    """A stage, its draws, and whether it treats each image of a batch by itself."""
+    """A stage and its draws."""
 
     stage: Any
     draws: Any
-    by_image: bool
 
 
-def _run(images: Tensor, steps: list[Step], rows: slice, extra_args: Any) -> Tensor:
-    """Some images of a batch, those of `rows`, through all stages."""
-    for number, step in enumerate(steps):
-        if number == 0 and type(step.stage) is not ours.RandomResizedCrop:
-            images = to_unit(images)
-        if not step.by_image:
-            images = _as_kornia(images, step.stage, step.draws, extra_args)
-        elif eager_on_cpu(images):
-            images = _apply_to_drawn(images, step, rows, extra_args)
-        else:
-            images = _apply_to_all(images, step, rows, extra_args)
-    return images if steps else to_unit(images)
+def _run(images: Tensor, steps: list[Step], rows: slice) -> Tensor:
+    """Some images of a batch, those of `rows`, through direct stages."""
+    apply = _apply_to_drawn if eager_on_cpu(images) else _apply_to_all
+    for step in steps:
+        images = apply(images, step, rows)
+    return images
 
 
-def _apply_to_drawn(images: Tensor, step: Step, rows: slice, extra_args: Any) -> Tensor:
+def _apply_to_drawn(images: Tensor, step: Step, rows: slice) -> Tensor:
     """On a CPU: the stage computed for the images that drew it."""
-    stage, draws = step.stage, step.draws
-    direct = _is_direct(stage, extra_args)
+    stage, draws = step
     chosen = list(range(len(images)))
-    if not _always(stage) and (direct or isinstance(stage, K.IntensityAugmentationBase2D)):
-        gate = _take(draws, rows)["batch_prob"].expand(len(images)).tolist()
+    if not _always(stage):
+        gate = draws["batch_prob"][rows].tolist()
         chosen = [row for row, drawn in enumerate(gate) if drawn > 0.5]
     if not chosen:
         return images
-    every = len(chosen) == len(images)
+    if len(chosen) == len(images):
+        changed: Tensor = stage.apply_transform(images, _take(draws, rows), stage.flags)
+        return changed
     at = torch.tensor(chosen)
-    some = images if every else images.index_select(0, at)
-    draws = _take(draws, rows if every else at + rows.start)
-    if direct:
-        some = stage.apply_transform(some, draws, stage.flags)
-    else:
-        some = _as_kornia(some, stage, draws, extra_args)
-    return some if every else images.index_copy_(0, at, some)
+    some = images.index_select(0, at)
+    changed = stage.apply_transform(some, _take(draws, at + rows.start), stage.flags)
+    return images.index_copy_(0, at, changed)
 
 
-def _apply_to_all(images: Tensor, step: Step, rows: slice, extra_args: Any) -> Tensor:
+def _apply_to_all(images: Tensor, step: Step, rows: slice) -> Tensor:
     """On a GPU or under a compiler: the stage computed for all images, and selected from."""
     stage, draws = step.stage, _take(step.draws, rows)
-    if not _is_direct(stage, extra_args):
-        return _as_kornia(images, stage, draws, extra_args)
-    changed = stage.apply_transform(images, draws, stage.flags)
+    changed: Tensor = stage.apply_transform(images, draws, stage.flags)
     if _always(stage) or type(stage) is ours.ColorJitter:  # which selects as it goes
         return changed
     gate = draws["batch_prob"].to(images.device).view(-1, 1, 1, 1) > 0.5
     return torch.where(gate, changed, images)
 
 
-def _as_kornia(images: Tensor, stage: Any, draws: Any, extra_args: Any) -> Tensor:
-    images = InputSequentialOps.transform(images, stage, ParamItem("", draws), extra_args)
-    return images.clone()  # it may be memory that the stage keeps, and what follows writes to it
+def _by_kornia(images: Tensor, steps: Iterable[Step], extra_args: Any) -> Tensor:
+    """Any other stages, as kornia calls them: on the whole batch."""
+    for stage, draws in steps:
+        images = InputSequentialOps.transform(images, stage, ParamItem("", draws), extra_args)
+    return images.clone()  # it may be memory that a stage keeps, and what follows writes to it
 
 
 def _is_direct(stage: Any, extra_args: Any) -> bool:
     hooked = stage._forward_hooks or stage._forward_pre_hooks
     return type(stage) in DIRECT and not hooked and not extra_args
-
-
-def _rgb_only(stage: Any) -> bool:
-    return getattr(stage, "rgb_only", False)
 
 
 def _always(stage: Any) -> bool:

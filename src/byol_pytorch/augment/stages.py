@@ -56,11 +56,14 @@ class RandomResizedCrop(K.RandomResizedCrop):
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         same_on_batch: bool = False,
+        keepdim: bool = False,
         *,
         antialias: bool = True,
         tries: int = 10,
     ) -> None:
-        super().__init__(size, scale, ratio, "bicubic", same_on_batch, align_corners=False)
+        super().__init__(
+            size, scale, ratio, "bicubic", same_on_batch, align_corners=False, keepdim=keepdim
+        )
         self._param_generator = None
         self.flags |= {"scale": scale, "ratio": ratio, "antialias": antialias, "tries": tries}
 
@@ -97,8 +100,13 @@ class RandomResizedCrop(K.RandomResizedCrop):
         if flags["resample"] != Resample.BICUBIC:  # masks
             return super().apply_transform(input, params, flags, transform)
         size, antialias = flags["size"], flags["antialias"]
-        corners = params["src"].to(input.device)
-        first, last = corners[:, 0], corners[:, 2]
+        if not len(input):
+            return torch.empty((0, input.shape[1], *size), device=input.device)
+        edges = [input.shape[3] - 1, input.shape[2] - 1]
+        first, last = (
+            torch.stack([x.clamp(0, edge) for x, edge in zip(c.unbind(1), edges, strict=True)], 1)
+            for c in params["src"].to(input.device)[:, ::2].round().unbind(1)
+        )
         if eager_on_cpu(input) and antialias:
             boxes = torch.cat((first, last + 1), dim=1).int().tolist()
             views = [_crop_one(x, box, size) for x, box in zip(input.split(1), boxes, strict=True)]
@@ -206,8 +214,14 @@ class RandomRotation90(K.RandomRotation90):
     """Quarter turns as exact permutations of the pixels, each of the whole numbers from times[0] to
     times[1] equally likely. kornia interpolates, and rounds a uniform draw."""
 
-    def __init__(self, times: tuple[int, int], same_on_batch: bool = False, p: float = 0.5) -> None:
-        super().__init__(times, same_on_batch=same_on_batch, p=p)
+    def __init__(
+        self,
+        times: tuple[int, int],
+        same_on_batch: bool = False,
+        p: float = 0.5,
+        keepdim: bool = False,
+    ) -> None:
+        super().__init__(times, same_on_batch=same_on_batch, p=p, keepdim=keepdim)
         self._param_generator = None
         self.flags["times"] = times
 
@@ -220,7 +234,12 @@ class RandomRotation90(K.RandomRotation90):
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Any = None
     ) -> Tensor:
         turns = params["times"].to(input.device).round().view(-1, 1, 1, 1) % 4
-        square = input.shape[2] == input.shape[3]
+        square, (low, high) = input.shape[2] == input.shape[3], flags["times"]
+        if not square and (low != high or low % 2):
+            raise ValueError(
+                f"times={(low, high)} on images of {tuple(input.shape[2:])}: a quarter turn does "
+                "not fit there. Expected square images, or times=(2, 2)."
+            )
         for turn in (1, 2, 3) if square else (2,):
             input = torch.where(turns == turn, input.rot90(turn, (2, 3)), input)
         return input
@@ -255,10 +274,11 @@ class ColorJitter(K.ColorJitter):
         hue: float | tuple[float, float] = 0.0,
         same_on_batch: bool = False,
         p: float = 1.0,
+        keepdim: bool = False,
         *,
         semantics: Semantics = "torchvision",
     ) -> None:
-        super().__init__(brightness, contrast, saturation, hue, same_on_batch, p)
+        super().__init__(brightness, contrast, saturation, hue, same_on_batch, p, keepdim)
         kornias: Any = self  # checks the strengths and makes ranges of them
         samplers = {name: getattr(kornias._param_generator, f"{name}_sampler") for name in STEPS}
         self._param_generator = None
@@ -281,7 +301,7 @@ class ColorJitter(K.ColorJitter):
         if input.shape[1] != 3:
             steps = steps[:2]
         factors = [params[f"{name}_factor"] for name in STEPS]
-        if eager_on_cpu(input):
+        if eager_on_cpu(input) and not (input.requires_grad and torch.is_grad_enabled()):
             return _jitter_rows(input, orders, factors, steps)
         orders, *factors = (x.to(input.device) for x in (orders, *factors))
         drawn = self._gate(params).to(input.device)
@@ -294,22 +314,26 @@ def _jitter_rows(
     """Each step for the images whose turn it is, which are brought next to each other for it."""
     owns = torch.arange(0.0, 2 * images.shape[1], 2)[:, None, None]
     idle = [set(f.tolist()) == {0.0 if n == HUE else 1.0} for n, f in enumerate(factors)]
+
+    def change(some: Tensor, number: int, factor: Tensor) -> Tensor:
+        if number >= len(steps) or idle[number]:
+            return some
+        return steps[number](some, Image(some.split(1, dim=1), owns), factor.view(-1, 1, 1, 1))
+
+    if len(images) == 1:
+        for number in orders[0].tolist():
+            images = change(images, number, factors[number])
+        return images
     place = torch.arange(len(images))  # in the batch, of the images as they lie now
     for turn in orders.T:
         numbers, sorting = turn[place].sort()
-        counts = numbers.bincount(minlength=4).tolist()
-        if max(counts) < len(images):
-            place, images = place[sorting], images.index_select(0, sorting)
-        groups = zip(steps, factors, idle, images.split(counts), place.split(counts), strict=False)
-        for step, factor, is_idle, some, rows in groups:
-            if len(rows) and not is_idle:
-                channels = some.split(1, dim=1)
-                changed = step(some, Image(channels, owns), factor[rows].view(-1, 1, 1, 1))
-                if len(rows) == len(images):
-                    images = changed
-                else:
-                    some.copy_(changed)
-    return images.index_select(0, place.argsort()) if len(images) > 1 else images
+        place, images = place[sorting], images.index_select(0, sorting)
+        counts = numbers.bincount(minlength=len(factors)).tolist()
+        groups = zip(images.split(counts), place.split(counts), strict=True)
+        for number, (some, rows) in enumerate(groups):
+            if len(rows):
+                some.copy_(change(some, number, factors[number][rows]))
+    return images.index_select(0, place.argsort())
 
 
 def _jitter_all(
@@ -425,17 +449,20 @@ DEEPMIND_STEPS: Sequence[Step] = (
 
 class RandomGaussianBlur(K.RandomGaussianBlur):
     """kornia's blur: on a CPU as sums of shifted copies, a third of a convolution's time, elsewhere
-    as matrix products. `border_type` is "reflect" (torchvision, kornia) or "constant", zeros."""
+    as matrix products. Kernels that are not square, and borders other than "reflect" and "constant"
+    (zeros), are kornia's own."""
 
     def __init__(
         self,
         kernel_size: tuple[int, int],
         sigma: tuple[float, float],
         border_type: str = "reflect",
+        separable: bool = True,
         same_on_batch: bool = False,
         p: float = 0.5,
+        keepdim: bool = False,
     ) -> None:
-        super().__init__(kernel_size, sigma, border_type, same_on_batch=same_on_batch, p=p)
+        super().__init__(kernel_size, sigma, border_type, separable, same_on_batch, p, keepdim)
         self._param_generator = None
         self.flags["sigma"] = sigma
 
@@ -445,9 +472,12 @@ class RandomGaussianBlur(K.RandomGaussianBlur):
     def apply_transform(
         self, input: Tensor, params: Params, flags: dict[str, Any], transform: Any = None
     ) -> Tensor:
-        size, reflect = flags["kernel_size"], flags["border_type"].name == "REFLECT"
-        radius = (size if isinstance(size, int) else size[0]) // 2
-        taps = gaussian_taps(params["sigma"].to(input.device), radius)
+        size, border = flags["kernel_size"], flags["border_type"].name
+        size = (size, size) if isinstance(size, int) else size
+        if size[0] != size[1] or border not in ("REFLECT", "CONSTANT"):
+            return super().apply_transform(input, params, flags, transform)
+        reflect = border == "REFLECT"
+        taps = gaussian_taps(params["sigma"].to(input.device), size[0] // 2)
         if eager_on_cpu(input):
             return _blur_by_taps(input, taps, reflect)
         down = gaussian_matrix(taps, input.shape[2], reflect)
@@ -457,7 +487,7 @@ class RandomGaussianBlur(K.RandomGaussianBlur):
 def gaussian_taps(sigma: Tensor, radius: int) -> Tensor:
     """Weights (B, 2 * radius + 1) of sum 1."""
     distance = torch.arange(-radius, radius + 1, device=sigma.device)
-    weights = torch.exp(-0.5 * (distance / sigma[:, None]) ** 2)
+    weights = torch.exp(-0.5 * (distance / sigma[:, None].clamp_min(1e-6)) ** 2)
     # Beyond 5 standard deviations lies half a millionth of the sum: without those taps a CPU has
     # fewer to add, and is not slowed by denormal numbers.
     weights = torch.where(weights > 3e-6, weights, 0.0)
@@ -499,14 +529,16 @@ class RandomSolarize(K.RandomSolarize):
 
     def __init__(
         self,
-        thresholds: tuple[float, float] = (0.5, 0.5),
-        additions: tuple[float, float] = (0.0, 0.0),
+        thresholds: float | tuple[float, float] = 0.1,
+        additions: float | tuple[float, float] = 0.1,
         same_on_batch: bool = False,
         p: float = 0.5,
+        keepdim: bool = False,
     ) -> None:
-        super().__init__(thresholds, additions, same_on_batch, p)
+        super().__init__(thresholds, additions, same_on_batch, p, keepdim)
         self._param_generator = None
-        self.flags |= {"thresholds": thresholds, "additions": additions}
+        self.flags["thresholds"] = _around(0.5, thresholds, (0.0, 1.0))
+        self.flags["additions"] = _around(0.0, additions, (-0.5, 0.5))
 
     def generate_parameters(self, batch_shape: Sequence[int]) -> Params:
         draws = uniform(self, batch_shape[0], 2).unbind(dim=1)
@@ -525,3 +557,12 @@ class RandomSolarize(K.RandomSolarize):
             input = (input + params["additions"].to(input).view(-1, 1, 1, 1)).clamp(0, 1)
         threshold = params["thresholds"].to(input).view(-1, 1, 1, 1)
         return torch.where(input < threshold, input, 1 - input)
+
+
+def _around(
+    centre: float, given: float | tuple[float, float], bounds: tuple[float, float]
+) -> tuple[float, float]:
+    """kornia's reading of a magnitude: as much to both sides, within bounds; a range as it is."""
+    if isinstance(given, int | float):
+        return max(bounds[0], centre - given), min(bounds[1], centre + given)
+    return float(given[0]), float(given[1])

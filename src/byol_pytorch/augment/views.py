@@ -5,12 +5,13 @@ The stages that are not kornia's own stand in stages.py, the container in pipeli
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from byol_pytorch._arguments import is_number
+from byol_pytorch.arguments import is_number
 
 if TYPE_CHECKING:  # kornia is imported by the first call: it takes a tenth of torch's time
     from byol_pytorch.augment.pipeline import ViewSequential
@@ -58,7 +59,7 @@ def byol_views(
     Args:
         image_size: side or (height, width) of the views.
         mean, std: of the normalisation, one value a channel. "auto": ImageNet's for three channels,
-            none for others. None: none.
+            none for others. None: none; both None leave the stage out.
         changes: for both views, with the defaults of the preset "imagenet":
 
             scale=(0.08, 1.0), ratio=(3/4, 4/3): the crop's part of the image's area, and its width
@@ -93,6 +94,11 @@ def byol_views(
         raise ValueError(
             f"preset={preset!r} is not known. Expected one of {', '.join(map(repr, PRESETS))}; "
             "other strengths are keyword arguments, for example byol_views(96, hue=0.05)."
+        )
+    if unknown := sorted(changes.keys() - signature(_view).parameters.keys()):
+        raise TypeError(
+            f"byol_views knows no {', '.join(unknown)}; expected the names in its docstring, such "
+            "as scale, hue or blur."
         )
     first, second = ({**view, "mean": mean, "std": std, **changes} for view in PRESETS[preset])
     return _view(image_size, **first), _view(image_size, **second)
@@ -144,6 +150,8 @@ def _view(
             f"semantics={semantics!r}. Expected 'torchvision' or 'deepmind'; the docstring of "
             "byol_views says what they mean."
         )
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype!r}. Expected a float type such as torch.float32.")
     kernel = _kernel(blur_kernel, size)
     deepmind = semantics == "deepmind"
 
@@ -172,7 +180,7 @@ def _view(
         stages.append(ours.RandomGaussianBlur((kernel, kernel), sigma, border, p=blur))
     if solarize:
         threshold = (solarize_threshold, solarize_threshold)
-        stages.append(ours.RandomSolarize(threshold, p=solarize))
+        stages.append(ours.RandomSolarize(threshold, (0.0, 0.0), p=solarize))
     stages += _normalisation(mean, std)
     return ViewSequential(
         *stages, image_size=size, dtype=dtype, channels_last=channels_last, compile=compile

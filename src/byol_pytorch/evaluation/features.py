@@ -1,7 +1,7 @@
 """Frozen features of a whole data set in one pass: the representation, and maps of the stages.
 
 Loaders, images and labels are the caller's. What is read of one batch is in reader.py, how rows are
-kept and gathered in _rows.py.
+kept and gathered in rows.py.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
-from byol_pytorch.evaluation._rows import Files, Memory, Rows, agree, process
+from byol_pytorch.backbone import evaluating
 from byol_pytorch.evaluation.reader import (
     POOLED,
     FeatureReader,
@@ -23,7 +23,9 @@ from byol_pytorch.evaluation.reader import (
     resnet_stages,
     stage_pool,
 )
-from byol_pytorch.probe import evaluating, rebuild, tensors
+from byol_pytorch.evaluation.rows import Files, Memory, Rows, agree
+from byol_pytorch.inputs import map_tensors, tensors
+from byol_pytorch.parallel import process, unreplicated
 
 __all__ = ["FeatureReader", "extract_features", "resnet_stages", "shard", "stage_pool"]
 
@@ -83,8 +85,7 @@ def extract_features(
         ValueError for a loader that gives nothing, or labels that do not go with the images, for
         features with NaN, and for a network whose representation or stages are not to be had.
     """
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        model = model.module
+    model = unreplicated(model)
     where = _device(model, device)
     _check(loader, dtype)
     rank, world = process()
@@ -112,7 +113,7 @@ def extract_features(
     with modes:
         for batch in _shown(loader, progress and rank == 0):
             images, truth = _split(batch)
-            images = rebuild(images, iter([_moved(x, where) for x in tensors(images)]))
+            images = map_tensors(lambda x: _moved(x, where), images)
             reader = reader or FeatureReader(model, images, stages)
             kind = tensors(images)[0].device.type
             with torch.autocast(kind, dtype, enabled=dtype != torch.float32):

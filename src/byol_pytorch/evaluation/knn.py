@@ -10,7 +10,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from byol_pytorch._arguments import is_count, is_number
+from byol_pytorch.arguments import is_count, is_number
 from byol_pytorch.evaluation.neighbours import Device, check_features, check_k, search
 
 K = (10, 20, 100, 200)  # MMSelfSup's kNN benchmark

@@ -20,10 +20,11 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from byol_pytorch._arguments import is_count, is_number
+from byol_pytorch.arguments import is_count, is_number
+from byol_pytorch.backbone import evaluating
 from byol_pytorch.evaluation.protocols import PAPER, Protocol
-from byol_pytorch.heads import BatchNorm, world_size
-from byol_pytorch.probe import evaluating
+from byol_pytorch.heads import BatchNorm
+from byol_pytorch.parallel import world_size
 
 Features = Tensor | Mapping[str, Tensor]  # (N, D) or (N, C, ...), or several such by stage
 Extract = Callable[[Tensor], Features]

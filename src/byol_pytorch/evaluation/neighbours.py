@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from byol_pytorch._arguments import is_count
+from byol_pytorch.arguments import is_count
 
 Device = torch.device | str | None
 

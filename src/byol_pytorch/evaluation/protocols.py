@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from byol_pytorch._arguments import is_count, is_number
+from byol_pytorch.arguments import is_count, is_number
 from byol_pytorch.optim import scaled_lr
 
 Optimizer = Literal["sgd", "lars"]

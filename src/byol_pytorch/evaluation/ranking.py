@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import numpy as np
 from torch import Tensor
 
-from byol_pytorch.evaluation._svm_input import Array, Floats, as_array, as_targets, check_counts
+from byol_pytorch.evaluation.svm_input import Array, Floats, as_array, as_targets, check_counts
 
 Form = Literal["voc10", "voc07", "area"]
 

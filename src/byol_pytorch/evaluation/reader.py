@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byol_pytorch.inputs import for_network
-from byol_pytorch.locate import locate
-from byol_pytorch.probe import rebuild, tensors
-from byol_pytorch.representation import Representation, uncompiled
+from byol_pytorch.backbone import Representation, locate
+from byol_pytorch.inputs import for_network, map_tensors, tensors
+from byol_pytorch.parallel import is_learner, uncompiled
 
 Model = nn.Module | Callable[[Any], Tensor]
 Features = Tensor | dict[str, Tensor]
@@ -108,7 +107,7 @@ class FeatureReader:
         self.stages = None if stages is None else dict(stages)
         self._net = _network(model) if isinstance(model, nn.Module) else None
         self._read = model
-        if _is_learner(model):
+        if is_learner(model):
             learner: Any = model
             self._read = learner.representation
         elif isinstance(model, nn.Module) and (dtype := _dtype(model)) is not None:
@@ -141,13 +140,9 @@ class FeatureReader:
         return x
 
 
-def _is_learner(model: Any) -> bool:
-    return hasattr(model, "representation") and hasattr(model, "ddp_ignored")  # its public face
-
-
 def _network(model: Any) -> nn.Module:
-    """What the names of layers are names in."""
-    return uncompiled(model.net if _is_learner(model) else model)
+    """The bare network whose layers `stages` names."""
+    return uncompiled(model.net if is_learner(model) else model)
 
 
 @contextmanager
@@ -166,14 +161,12 @@ def _tapped(layers: Mapping[str, nn.Module], maps: dict[str, list[Tensor]]) -> I
 
 def _found(net: nn.Module, images: Any, dtype: torch.dtype) -> Callable[[Any], Tensor]:
     """What BYOL would train of a network, by the same probe; two of the images are enough."""
-    some = tensors(images)
-    if any(x.dtype == torch.uint8 for x in some):
+    if any(x.dtype == torch.uint8 for x in tensors(images)):
         raise ValueError(
             f"The loader gives uint8 images to {type(net).__name__}; expected floats, normalised "
             "as it was trained with. Do that in the loader, or pass the BYOL learner, which does."
         )
-
-    two = rebuild(images, iter([x[:2] for x in some]))
+    two = map_tensors(lambda x: x[:2], images)
     try:
         source = locate(net, for_network(two, dtype), "auto", "auto")
     except ValueError as error:

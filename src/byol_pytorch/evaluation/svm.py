@@ -3,7 +3,7 @@
 The protocol is Goyal et al., arXiv 1905.01235; its details are those of the code that made the
 published tables, facebookresearch/fair_self_supervision_benchmark (tools/svm, extra_scripts) and
 MMSelfSup's copy of it (tools/benchmarks/classification/svm_voc07). What is taken and refused is in
-_svm_input.py, the fitting in _svm_fits.py, average precision in ranking.py.
+svm_input.py, the fitting in svm_fits.py, average precision in ranking.py.
 """
 
 import warnings
@@ -17,9 +17,10 @@ from joblib import delayed
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
-from byol_pytorch._arguments import is_count, is_number
-from byol_pytorch.evaluation._svm_fits import SVMs, fit, in_span, run, validate
-from byol_pytorch.evaluation._svm_input import (
+from byol_pytorch.arguments import is_count, is_number
+from byol_pytorch.evaluation.ranking import Form, average_precision, check_form
+from byol_pytorch.evaluation.svm_fits import SVMs, fit, in_span, run, validate
+from byol_pytorch.evaluation.svm_input import (
     Array,
     Floats,
     as_targets,
@@ -27,7 +28,6 @@ from byol_pytorch.evaluation._svm_input import (
     check_shots,
     open_task,
 )
-from byol_pytorch.evaluation.ranking import Form, average_precision, check_form
 
 __all__ = [
     "VOC07_COSTS",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch._pickles import Array, read_pickle
+from byol_pytorch.checkpoint.pickles import Array, read_pickle
 
 # From a module of Haiku's to a module of torch's. Older Haiku numbers the stem's convolution.
 MODULES = (

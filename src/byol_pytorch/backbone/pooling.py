@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.probe import Channels, tensors
-from byol_pytorch.representation import Pool
+from byol_pytorch.backbone.probe import Channels
+from byol_pytorch.backbone.representation import Pool
+from byol_pytorch.inputs import tensors
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from byol_pytorch.parallel import process
+
 _BLOCK = 2**26  # bytes that one process sends at once
-
-
-def process() -> tuple[int, int]:
-    """Rank and world size; 0 and 1 without torch.distributed."""
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
 def agree(count: int) -> list[int]:

@@ -1,6 +1,6 @@
 """What a network says of its weights: which may be missing in a file, and what timm knows of it.
 
-How other projects name them is in _layouts.py.
+How other projects name them is in names.py.
 """
 
 import json
@@ -199,13 +199,6 @@ def _is_a_linear_after_all(left: Mapping[str, Tensor], own: Iterable[str]) -> bo
 def _equal(a: Tensor, b: Tensor) -> bool:
     same = a.shape == b.shape and a.dtype == b.dtype
     return same and (a.is_meta or torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-5))
-
-
-def unwrapped(module: Any) -> Any:
-    """The module inside the wrappers of DDP and torch.compile."""
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        module = module.module
-    return getattr(module, "_orig_mod", module)
 
 
 def timm_config(net: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_validate
 from sklearn.svm import LinearSVC
 
-from byol_pytorch.evaluation._svm_input import Array, Floats
+from byol_pytorch.evaluation.svm_input import Array, Floats
 
 
 class SVMs(NamedTuple):

@@ -1,8 +1,7 @@
 """One look at a network that leaves no trace: what it takes, and what runs in its forward."""
 
-import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,9 +9,76 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.undisturbed import undisturbed
+from byol_pytorch.backbone.undisturbed import undisturbed
+from byol_pytorch.inputs import call, copied, fresh, given, map_tensors, tensors
+from byol_pytorch.parallel import REPLICATED, is_sharded
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def check_network(net: Any) -> None:
+    """Raise TypeError, ValueError or RuntimeError unless `net` is a bare, trainable module."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(
+            f"net is a {type(net).__name__}; expected a torch.nn.Module, such as "
+            'timm.create_model("resnet50") (the model, not its name or class).'
+        )
+    if isinstance(net, REPLICATED) or is_sharded(net):
+        raise TypeError(
+            f"net is already a {type(net).__name__}; expected the bare network. Build BYOL first, "
+            "then wrap the learner: DDP(learner) or fully_shard(learner)."
+        )
+    if not any(p.is_floating_point() for p in net.parameters()):
+        raise ValueError(
+            f"net ({type(net).__name__}) has no floating-point parameters; expected a network "
+            "with weights to train."
+        )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "BYOL was called under torch.inference_mode(), where no layer that is made can train. "
+            "Build it outside of it."
+        )
+    scripted = [name for name, m in net.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise TypeError(
+            f"net is TorchScript{f' in its layer {scripted[0]!r}' if scripted[0] else ''}, whose "
+            "layers cannot be observed; expected the plain nn.Module. Train that with BYOL, then "
+            "torch.jit.script(net)."
+        )
+    quantised = [type(module).__name__ for module in net.modules() if _quantises(module)]
+    if quantised:
+        raise TypeError(
+            f"net is quantised or prepared for it: it holds {len(quantised)} modules such as a "
+            f"{quantised[0]}; expected the plain float network. Train it with BYOL first, then "
+            "prepare and quantise net."
+        )
+
+
+def _quantises(module: nn.Module) -> bool:
+    # By name: torchao, whose classes are meant too, need not be there.
+    return any(
+        base.__name__.startswith("FakeQuantize")
+        or base.__name__ in ("ObserverBase", "WeightedQuantizedModule")
+        for base in type(module).__mro__
+    )
+
+
+def check_example(example: Any) -> None:
+    """Raise TypeError for an example_input without tensors, ValueError for one without a batch."""
+    if example is None:
+        return
+    held = tensors(example)
+    if not held:
+        raise TypeError(
+            f"example_input is a {type(example).__name__} without tensors; expected a tensor, or "
+            "a flat tuple or mapping of tensors, batch first. Convert arrays by torch.from_numpy."
+        )
+    if any(x.ndim == 0 or x.shape[0] == 0 for x in held):
+        shapes = ", ".join(str(tuple(x.shape)) for x in held)
+        raise ValueError(
+            f"example_input has shape {shapes}; expected at least 1 sample in axis 0 of each "
+            "tensor. Put a batch axis in front: x[None]."
+        )
 
 
 def probe_inputs(net: nn.Module, size: tuple[int, int] | None, example: Any) -> Any:
@@ -23,11 +89,11 @@ def probe_inputs(net: nn.Module, size: tuple[int, int] | None, example: Any) -> 
     """
     parameter = next(p for p in net.parameters() if p.is_floating_point())
     if example is not None:
-        floats = [
-            x.to(parameter) if x.is_floating_point() else x.to(parameter.device)
-            for x in tensors(example)
+        candidates = [
+            map_tensors(
+                lambda x: x.to(parameter if x.is_floating_point() else parameter.device), example
+            )
         ]
-        candidates = [rebuild(example, iter(floats))]
     else:
         assert size is not None
         # Every kind of default, of device and of dtype, is set around some user's construction.
@@ -66,13 +132,6 @@ def _input_channels(net: nn.Module, size: tuple[int, int]) -> list[int]:
     configured = getattr(getattr(net, "config", None), "num_channels", None)
     found += [configured] if isinstance(configured, int) else []
     return list(dict.fromkeys([c for c in found if c > 0] + [3, 1]))
-
-
-def call(net: nn.Module, inputs: Any) -> Any:
-    """net(tensor), net(*tuple) or net(**mapping)."""
-    if isinstance(inputs, Mapping):
-        return net(**inputs)
-    return net(*inputs) if isinstance(inputs, (tuple, list)) else net(inputs)
 
 
 @contextmanager
@@ -147,7 +206,7 @@ def drawing(net: nn.Module, inputs: Any) -> frozenset[str]:
                 module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
                 handles.append(module.register_forward_pre_hook(before(name), prepend=True))
                 handles.append(module.register_forward_hook(after))
-            call(net, inputs)
+            call(net, fresh(inputs))
     except Exception:  # whatever a foreign forward raises
         return frozenset()
     finally:
@@ -243,48 +302,3 @@ def _channels_out(module: nn.Module, output: Any) -> Channels | None:
     if output.shape[1] == output.shape[-1] and type(module) is nn.LayerNorm:
         return Channels(count, -1)
     return Channels(count, 1)
-
-
-def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a layer works on: its first argument, or what a keyword call has in its place."""
-    if args or "input" in kwargs:
-        return args[0] if args else kwargs["input"]
-    return next(iter(tensors(kwargs)), None)
-
-
-def tensors(inputs: Any) -> list[Tensor]:
-    """The tensors of an input or output that is one, or a flat tuple, list or mapping of some."""
-    if isinstance(inputs, Tensor):
-        return [inputs]
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    held = isinstance(inputs, (Mapping, tuple, list))
-    return [x for x in values if isinstance(x, Tensor)] if held else []
-
-
-def fresh(inputs: Any) -> Any:
-    """`inputs` with copies of its tensors, for a network that works on them in place."""
-    return rebuild(inputs, (x.clone() for x in tensors(inputs)))
-
-
-def copied(value: Any) -> Any:
-    """What a layer gave, its tensors and what holds them copied: a later one may work in place."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, MutableMapping):
-        twin = copy.copy(value)  # a ModelOutput stays one
-        for key, part in value.items():
-            twin[key] = copied(part)
-        return twin
-    if isinstance(value, (tuple, list)):
-        parts = [copied(part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    return value
-
-
-def rebuild(inputs: Any, replacements: Iterator[Tensor]) -> Any:
-    """`inputs` with its tensors replaced in order."""
-    if isinstance(inputs, Tensor):
-        return next(replacements)
-    if isinstance(inputs, Mapping):
-        return {k: next(replacements) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    return tuple(next(replacements) if isinstance(v, Tensor) else v for v in inputs)

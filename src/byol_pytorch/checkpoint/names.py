@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from byol_pytorch._weights import fitting
+from byol_pytorch.checkpoint.weights import fitting
 
 NESTED = ("learner", "state_dict", "model")  # keys of training states
 WRAPPERS = ("module.", "learner.", "model.")  # DDP, Lightning

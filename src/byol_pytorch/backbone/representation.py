@@ -13,7 +13,8 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.probe import call, given, tensors
+from byol_pytorch.inputs import call, given, tensors
+from byol_pytorch.parallel import is_sharded, uncompiled
 
 Pool = Callable[[Any], Tensor]
 
@@ -187,12 +188,6 @@ def copy_for_target(net: nn.Module, source: Source) -> nn.Module:
     return twin
 
 
-def uncompiled(net: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper, or the module itself."""
-    inner = getattr(net, "_orig_mod", net)
-    return inner if isinstance(inner, nn.Module) else net
-
-
 def timm_methods(net: nn.Module, images: Tensor) -> Tensor:
     """The pooled feature by timm's public interface, for models without one plain classifier.
 
@@ -200,7 +195,7 @@ def timm_methods(net: nn.Module, images: Tensor) -> Tensor:
     on sharded parameters.
     """
     network: Any = net
-    if hasattr(net, "unshard"):
+    if is_sharded(net):
         raise RuntimeError(
             f"{type(net).__name__}'s representation comes from its methods forward_features and "
             "forward_head, which fully_shard(net) does not cover. Shard its blocks and the "

@@ -3,7 +3,7 @@
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from byol_pytorch.heads import Synchronised
+from byol_pytorch.norms import Synchronised
 
 
 class SyncBatchNormAct2d(Synchronised, BatchNormAct2d):

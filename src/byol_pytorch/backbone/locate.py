@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.pooling import hugging_face_pool, pool_for
-from byol_pytorch.probe import Channels, Trace, copied, fresh, rebuild, tensors
-from byol_pytorch.representation import (
+from byol_pytorch.backbone.pooling import hugging_face_pool, pool_for
+from byol_pytorch.backbone.probe import Channels, Trace
+from byol_pytorch.backbone.representation import (
     Pool,
     Representation,
     Source,
@@ -21,9 +21,10 @@ from byol_pytorch.representation import (
     copy_for_target,
     runs_message,
     timm_methods,
-    uncompiled,
 )
-from byol_pytorch.undisturbed import undisturbed
+from byol_pytorch.backbone.undisturbed import undisturbed
+from byol_pytorch.inputs import copied, fresh, map_tensors, tensors
+from byol_pytorch.parallel import uncompiled
 
 TRAINING_DRAWS = 16  # of what is skipped half of the time, one in 65,536 is never seen
 
@@ -104,10 +105,11 @@ def _auto_timm(root: Any, inputs: Any, trace: Trace, pool: str | Pool | None) ->
 
 def _evaluated(root: nn.Module, inputs: Any, source: Source) -> tuple[Tensor, set[int]]:
     """The representation, and the ids of the parameters that it depends on, in evaluation."""
-    leaves = [
-        x.detach().clone().requires_grad_() if x.is_floating_point() else x for x in tensors(inputs)
-    ]
-    representation, reached = _reach(root, rebuild(inputs, iter(leaves)), source)
+    watched = map_tensors(
+        lambda x: x.detach().clone().requires_grad_() if x.is_floating_point() else x, inputs
+    )
+    leaves = tensors(watched)
+    representation, reached = _reach(root, watched, source)
     rows = representation.detach()
     if not any(id(x) in reached for x in leaves) and not _differs(root, inputs, source, rows):
         where = f"layer {source.layer!r}" if source.layer else "the network's output"
@@ -212,13 +214,11 @@ def _seed(root: nn.Module, seed: int) -> None:
 
 
 def _at_least_two(inputs: Any) -> Any:
-    held = tensors(inputs)
-    return rebuild(inputs, (torch.cat((x, x)) if x.ndim and len(x) == 1 else x for x in held))
+    return map_tensors(lambda x: torch.cat((x, x)) if x.ndim and len(x) == 1 else x, inputs)
 
 
 def _varied(inputs: Any) -> Any:
     """At least two rows, their floats scaled and shifted at random, each row for itself."""
-    rows = _at_least_two(inputs)
 
     def vary(x: Tensor) -> Tensor:
         if not x.ndim or not x.is_floating_point():
@@ -227,7 +227,7 @@ def _varied(inputs: Any) -> Any:
         shape = (-1, *[1] * (x.ndim - 1))
         return x * scale.view(shape) + shift.view(shape)
 
-    return rebuild(rows, map(vary, tensors(rows)))
+    return map_tensors(vary, _at_least_two(inputs))
 
 
 def _works_without_head(

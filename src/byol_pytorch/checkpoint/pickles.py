@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from byol_pytorch._files import damaged, unsafe
+from byol_pytorch.checkpoint.files import damaged, unsafe
 
 # What published checkpoints hold of Python, numpy and torch beside their weights (logs, paths,
 # settings). Other names of those packages are refused: only an attack has a use for them.
