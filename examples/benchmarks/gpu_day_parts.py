@@ -108,7 +108,8 @@ def tests(args: argparse.Namespace) -> Iterator[Row]:
     # Without the options of pyproject.toml: its plug-ins need not be there.
     code = pytest.main(["-o", "addopts=", "--rootdir", str(ROOT), *what], plugins=[reports])
     counts = ", ".join(f"{count} {outcome}" for outcome, count in reports.counts.items())
-    yield "pytest -m gpu", f"{counts} (exit status {int(code)})"
+    name = "pytest of test_loss.py" if args.toy else "pytest -m gpu"
+    yield name, f"{counts} (exit status {int(code)})"
     yield from reports.failures
 
 
