@@ -247,7 +247,12 @@ class ViewSequential(K.ImageSequential):
             for held in (stage.flags, vars(stage)):
                 for name in ("mean", "std", "rgb_weights"):
                     if isinstance(held.get(name), Tensor) and held[name].device != device:
-                        held[name] = held[name].to(device)
+                        held[name] = _on(device, held[name])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._follow(fn(torch.zeros(())).device)
+        return self
 
     def _step(self, item: ParamItem, count: int) -> "Step":
         stage = self._modules.get(item.name)
@@ -351,6 +356,14 @@ def _is_direct(stage: Any, extra_args: Any) -> bool:
 def _always(stage: Any) -> bool:
     # As kornia: a gate is not looked at where nothing is left to chance.
     return bool(stage.p == 1 and stage.p_batch == 1)
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    if values.device.type != "cpu" or values.ndim != 1 or torch.compiler.is_compiling():
+        return values.to(device)
+    # Filled in there: a copy from the CPU waits for the device.
+    each = [torch.full((), v, dtype=values.dtype, device=device) for v in values.tolist()]
+    return torch.stack(each)
 
 
 def _take(draws: Any, rows: slice | Tensor) -> Any:
