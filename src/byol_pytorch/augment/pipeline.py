@@ -154,9 +154,7 @@ class ViewSequential(K.ImageSequential):
             some = _run(images[rows], steps, rows)
             if view is None:
                 shape, where = (len(images), *some.shape[1:]), some.device
-                view = torch.empty(
-                    shape, dtype=dtype, device=where, memory_format=self._format()
-                )
+                view = torch.empty(shape, dtype=dtype, device=where, memory_format=self._format())
             view[rows] = some
         return view
 
