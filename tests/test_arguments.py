@@ -106,6 +106,17 @@ def test_normalised_images_before_the_default_views_warn_and_name_the_remedy():
         wrap()(normalised(pictures()))
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "remedy"),
+    [(-0.42, 2.82, "Leave the normalisation out"), (-55.0, 301.0, "Divide them by 255")],
+    ids=["normalised as MNIST is", "bytes after a bicubic resize"],
+)
+def test_a_range_on_both_sides_is_read_by_its_width(low, high, remedy):
+    images = torch.linspace(low, high, 4 * 3 * 16 * 16).view(4, 3, 16, 16)
+    with pytest.warns(UserWarning, match=remedy):
+        wrap()(images)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_floats_up_to_255_warn_and_name_the_remedy(dtype):
     with pytest.warns(UserWarning, match=r"to 25\d.*; expected \[0, 1\]\. Divide them by 255"):

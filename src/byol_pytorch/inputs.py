@@ -267,7 +267,7 @@ def range_warning(images: Any, clipped: bool) -> str | None:
     """
     low, high = (float(x) for x in torch.stack(torch.aminmax(images.detach())).tolist())
     came = f"The images are floats from {low:.4g} to {high:.4g}; expected [0, 1]."
-    if low < -0.5:
+    if high <= 20 and (low < -0.5 or (low < 0 and high > 1.5)):
         return (
             f"{came} They look normalised already, but the default views normalise by themselves, "
             "and clip to [0, 1] before it. Leave the normalisation out of the data set (mean= and "
