@@ -279,6 +279,13 @@ def test_a_pipeline_adds_nothing_to_a_learners_state() -> None:
         assert not view.state_dict()
 
 
+def test_constants_survive_the_meta_device() -> None:
+    view = one_view(32, "deepmind")
+    view.to("meta").to_empty(device="cpu")
+    assert [round(x, 3) for x in view.statistics(3)[0].tolist()] == list(IMAGENET_MEAN)
+    assert view(photographs()).isfinite().all()
+
+
 def test_output_dtype_and_memory_format() -> None:
     view = one_view(32, dtype=torch.bfloat16, channels_last=True)
     same = one_view(32)

@@ -242,6 +242,8 @@ class ViewSequential(K.ImageSequential):
                 continue
             if stage.device != device or stage.dtype != torch.float32:
                 stage.set_rng_device_and_dtype(device, torch.float32)
+            if device.type == "meta":  # which would lose the values
+                continue
             for held in (stage.flags, vars(stage)):
                 for name in ("mean", "std", "rgb_weights"):
                     if isinstance(held.get(name), Tensor) and held[name].device != device:
