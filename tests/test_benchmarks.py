@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,24 @@ def test_ratios_of_views_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatc
     assert median_ratio(other, ours) == 3
 
 
+@pytest.fixture
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """The last line that a script ends with, where it prints nothing else before."""
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+        printed = capsys.readouterr()
+        assert not printed.out
+        return printed.err.splitlines()[-1]
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -140,18 +159,9 @@ def test_ratios_of_views_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_the_views_refuse_before_they_start(
-    arguments: tuple[str, ...],
-    sentence: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...], sentence: str, refusal: Callable[..., str]
 ) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(sys, "argv", ["augmentation.py", *arguments])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(BENCHMARKS / "augmentation.py"), run_name="__main__")
-    printed = capsys.readouterr()
-    assert sentence in printed.err.splitlines()[-1]
-    assert not printed.out
+    assert sentence in refusal("augmentation.py", *arguments)
 
 
 @pytest.mark.parametrize(
@@ -165,18 +175,9 @@ def test_the_views_refuse_before_they_start(
     ],
 )
 def test_the_step_refuses_before_it_starts(
-    arguments: tuple[str, ...],
-    sentence: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...], sentence: str, refusal: Callable[..., str]
 ) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(sys, "argv", ["step.py", "--device", "cpu", *arguments])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(str(BENCHMARKS / "step.py"), run_name="__main__")
-    printed = capsys.readouterr()
-    assert sentence in printed.err.splitlines()[-1]
-    assert not printed.out
+    assert sentence in refusal("step.py", "--device", "cpu", *arguments)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightly") is not None, reason="lightly is there")

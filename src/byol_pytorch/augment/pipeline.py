@@ -110,7 +110,7 @@ class ViewSequential(K.ImageSequential):
             view(images, params=view.take(params, slice(first, first + len(images))))
         """
         for item in params:
-            stage = self.get_submodule(item.name)
+            stage = self._stage(item.name)
             names = item.data if isinstance(item.data, dict) else ()
             mixes = isinstance(stage, K.MixAugmentationBaseV2 | K.PatchSequential)
             if mixes or "batch_idx" in names or "idx" in names:
@@ -124,7 +124,7 @@ class ViewSequential(K.ImageSequential):
         self, input: Tensor, params: list[ParamItem], extra_args: Any = None
     ) -> Tensor:
         """The images through the stages with the draws `params`."""
-        steps = [self._step(item, len(input)) for item in params]
+        steps = [self._drawn(item, len(input)) for item in params]
         if input.shape[1] != 3:
             steps = [step for step in steps if not getattr(step.stage, "rgb_only", False)]
         if not steps or type(steps[0].stage) is not ours.RandomResizedCrop:
@@ -141,7 +141,7 @@ class ViewSequential(K.ImageSequential):
     def _format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def _in_chunks(self, images: Tensor, steps: list["Step"], dtype: torch.dtype) -> Tensor:
+    def _in_chunks(self, images: Tensor, steps: list["Drawn"], dtype: torch.dtype) -> Tensor:
         """Direct stages on so many images at a time as stay in the cache."""
         height, width = self.image_size or images.shape[2:]
         values = CHUNK.get(images.device.type, CHUNK_ELSEWHERE)
@@ -254,20 +254,23 @@ class ViewSequential(K.ImageSequential):
         self._follow(fn(torch.zeros(())).device)
         return self
 
-    def _step(self, item: ParamItem, count: int) -> "Step":
-        stage = self._modules.get(item.name)
-        if stage is None:
+    def _stage(self, name: str) -> Any:
+        if name not in self._modules:
             raise ValueError(
-                f"The params hold draws of {item.name}, and the stages are "
+                f"The params hold draws of {name}, and the stages are "
                 f"{', '.join(self._modules)}. Draw anew after a change of the stages."
             )
+        return self._modules[name]
+
+    def _drawn(self, item: ParamItem, count: int) -> "Drawn":
+        stage = self._stage(item.name)
         drawn_for = len(item.data["batch_prob"]) if isinstance(item.data, dict) else count
         if drawn_for != count:
             raise ValueError(
                 f"The params were drawn for {drawn_for} images, and {count} came. Draw for as many "
                 "as come, or cut the params with view.take(params, rows)."
             )
-        return Step(stage, item.data)
+        return Drawn(stage, item.data)
 
     def _fastest(self, input: Tensor) -> Any:
         wanted = input.device.type == "cuda" if self.compiles is None else self.compiles
@@ -298,14 +301,14 @@ class ViewSequential(K.ImageSequential):
         return self.transform_inputs(input, params, extra_args), params
 
 
-class Step(NamedTuple):
+class Drawn(NamedTuple):
     """A stage and its draws."""
 
     stage: Any
     draws: Any
 
 
-def _run(images: Tensor, steps: list[Step], rows: slice) -> Tensor:
+def _run(images: Tensor, steps: list[Drawn], rows: slice) -> Tensor:
     """Some images of a batch, those of `rows`, through direct stages."""
     apply = _apply_to_drawn if eager_on_cpu(images) else _apply_to_all
     for step in steps:
@@ -313,7 +316,7 @@ def _run(images: Tensor, steps: list[Step], rows: slice) -> Tensor:
     return images
 
 
-def _apply_to_drawn(images: Tensor, step: Step, rows: slice) -> Tensor:
+def _apply_to_drawn(images: Tensor, step: Drawn, rows: slice) -> Tensor:
     """On a CPU: the stage computed for the images that drew it."""
     stage, draws = step
     chosen = list(range(len(images)))
@@ -331,7 +334,7 @@ def _apply_to_drawn(images: Tensor, step: Step, rows: slice) -> Tensor:
     return images.index_copy_(0, at, changed)
 
 
-def _apply_to_all(images: Tensor, step: Step, rows: slice) -> Tensor:
+def _apply_to_all(images: Tensor, step: Drawn, rows: slice) -> Tensor:
     """On a GPU or under a compiler: the stage computed for all images, and selected from."""
     stage, draws = step.stage, _take(step.draws, rows)
     changed: Tensor = stage.apply_transform(images, draws, stage.flags)
@@ -341,7 +344,7 @@ def _apply_to_all(images: Tensor, step: Step, rows: slice) -> Tensor:
     return torch.where(gate, changed, images)
 
 
-def _by_kornia(images: Tensor, steps: Iterable[Step], extra_args: Any) -> Tensor:
+def _by_kornia(images: Tensor, steps: Iterable[Drawn], extra_args: Any) -> Tensor:
     """Any other stages, as kornia calls them: on the whole batch."""
     for stage, draws in steps:
         images = InputSequentialOps.transform(images, stage, ParamItem("", draws), extra_args)

@@ -102,21 +102,19 @@ class RandomResizedCrop(K.RandomResizedCrop):
         size, antialias = flags["size"], flags["antialias"]
         if not len(input):
             return torch.empty((0, input.shape[1], *size), device=input.device)
-        edges = [input.shape[3] - 1, input.shape[2] - 1]
-        first, last = (
-            torch.stack([x.clamp(0, edge) for x, edge in zip(c.unbind(1), edges, strict=True)], 1)
-            for c in params["src"].to(input.device)[:, ::2].round().unbind(1)
-        )
+        corners = params["src"].to(input.device)[:, ::2].round()  # the first and the last
+        x, y = (corners[..., axis].clamp(0, input.shape[3 - axis] - 1) for axis in (0, 1))
         if eager_on_cpu(input) and antialias:
-            boxes = torch.cat((first, last + 1), dim=1).int().tolist()
-            views = [_crop_one(x, box, size) for x, box in zip(input.split(1), boxes, strict=True)]
+            boxes = torch.cat((x, y), dim=1).int().tolist()
+            views = [_crop_one(i, box, size) for i, box in zip(input.split(1), boxes, strict=True)]
             view = torch.cat(views) if len(views) > 1 else views[0]
             return view / 255.0 if view.dtype == torch.uint8 else view.clamp_(0, 1)
         columns, rows = (
-            bicubic_matrix(
-                first[:, axis], (last - first)[:, axis] + 1, input.shape[3 - axis], out, antialias
+            bicubic_matrix(first, last - first + 1, pixels, out, antialias)
+            for (first, last), pixels, out in (
+                (x.unbind(1), input.shape[3], size[1]),
+                (y.unbind(1), input.shape[2], size[0]),
             )
-            for axis, out in ((0, size[1]), (1, size[0]))
         )
         full = 255.0 if input.dtype == torch.uint8 else 1.0
         image = input if full > 1 else input.clamp(0, 1)
@@ -125,8 +123,8 @@ class RandomResizedCrop(K.RandomResizedCrop):
 
 def _crop_one(image: Tensor, box: list[int], size: tuple[int, int]) -> Tensor:
     """torch's own kernel: it skips the pixels that have no weight, and takes uint8 as it is."""
-    left, top, right, bottom = box
-    crop = image[..., top:bottom, left:right]
+    left, right, top, bottom = box
+    crop = image[..., top : bottom + 1, left : right + 1]
     if crop.dtype != torch.uint8:
         crop = crop.float().clamp(0, 1)
     return F.interpolate(crop, size, mode="bicubic", antialias=True)

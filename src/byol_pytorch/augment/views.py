@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from byol_pytorch.arguments import is_number
+from byol_pytorch.parallel import uncompiled
 
 if TYPE_CHECKING:  # kornia is imported by the first call: it takes a tenth of torch's time
     from byol_pytorch.augment.pipeline import ViewSequential
@@ -194,7 +195,7 @@ def as_view(augment_fn: Any) -> "ViewSequential | None":
         return None
     from byol_pytorch.augment.pipeline import ViewSequential
 
-    augment_fn = getattr(augment_fn, "_orig_mod", augment_fn)
+    augment_fn = uncompiled(augment_fn)
     return augment_fn if isinstance(augment_fn, ViewSequential) else None
 
 
