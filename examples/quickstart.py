@@ -21,7 +21,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from parts import report
-from parts.photographs import Pictures, fail, find_images, photograph_windows, read_images
+from parts.photographs import Pictures, find_images, photograph_windows, read_images
+from parts.processes import fail
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
