@@ -39,7 +39,7 @@ def smaller(code: str) -> str:
         code.replace('"resnet50"', '"resnet10t"')
         .replace("224", "64")
         .replace("vit_tiny_patch16_64", "vit_tiny_patch16_224")
-        .replace("fullgraph=True", 'fullgraph=True, backend="aot_eager"')
+        .replace("fullgraph=True", 'fullgraph=True, backend="eager"')
     )
 
 
