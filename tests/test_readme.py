@@ -16,6 +16,7 @@ from byol_pytorch import BYOL
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+RUN_ELSEWHERE = ("docs/deploy.md",)  # by test_deploy.py, which compares the features too
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -43,7 +44,10 @@ def smaller(code: str) -> str:
     )
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=named)
+WITH_PYTHON = [p for p in PAGES if blocks(p, "python") and named(p) not in RUN_ELSEWHERE]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
 def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.chdir(tmp_path)
@@ -104,7 +108,9 @@ def test_usage_is_at_most_ten_lines():
 
 def anchors(page: Path) -> set[str]:
     """The names that a forge gives to the headings of a page."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
