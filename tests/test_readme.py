@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pydicom
 import pytest
+import readme_files
 import timm
 import torch
 
@@ -59,6 +61,10 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     loader = torch.utils.data.DataLoader(list(images) * 2, batch_size=4)  # type: ignore[arg-type]
     views = [[torch.rand(4, 3, 64, 64)] * 2, torch.zeros(4), ["name"] * 4]
     names = {"loader": loader, "images": images, "labelled": labelled, "lightly_loader": [views]}
+    if page.name in ("data.md", "deploy.md"):
+        readme_files.write(tmp_path)
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        names["learner"] = BYOL(timm.create_model("resnet10t"), 64, projection_hidden_size=16)
     try:
         for number, code in enumerate(blocks(page, "python")):
             exec(compile(smaller(code), f"{named(page)}, block {number}", "exec"), names)
@@ -68,6 +74,10 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     for video, shape in (("multispectral", (2, 13, 64, 64)), ("video", (2, 3, 8, 32, 32))):
         if video in names:
             assert names[video](torch.rand(shape)).isfinite()
+    if "read_dicom" in names:
+        scan = names["read_dicom"](pydicom.data.get_testdata_file("CT_small.dcm"))
+        assert scan.shape == (1, 128, 128)
+        assert (scan.min(), scan.max()) == (0, 1)
 
 
 def test_every_name_of_the_tables_is_there():
