@@ -61,7 +61,7 @@ def test_python_blocks_run_in_order(page, tmp_path, monkeypatch):
     loader = torch.utils.data.DataLoader(list(images) * 2, batch_size=4)  # type: ignore[arg-type]
     views = [[torch.rand(4, 3, 64, 64)] * 2, torch.zeros(4), ["name"] * 4]
     names = {"loader": loader, "images": images, "labelled": labelled, "lightly_loader": [views]}
-    if page.name in ("data.md", "deploy.md"):
+    if page.name == "data.md":
         readme_files.write(tmp_path)
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
         names["learner"] = BYOL(timm.create_model("resnet10t"), 64, projection_hidden_size=16)
