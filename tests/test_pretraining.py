@@ -301,7 +301,7 @@ def test_a_compiled_run_equals_an_eager_one_and_compiles_once(
 ) -> None:
     # Crops from files: torch's own uint8 crop, which only eager views use, rounds in between.
     folder = write_folder(tmp_path / "images")
-    command = ("--data", folder, *NORM_FREE, "--accumulate", 2, "--steps", 6)
+    command = ("--data", folder, *NORM_FREE, "--accumulate", 2, "--steps", 6, "--lr", 0.001)
     command += ("--health-every", 1, "--knn-every", 1)
     run_here(tmp_path / "eager", *command)
     torch._dynamo.reset()
