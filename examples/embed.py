@@ -186,7 +186,7 @@ def alike(found: Tensor, names: list[str], least: float) -> Answer:
 
 
 def near_duplicates(found: Tensor, least: float, k: int = 20) -> list[tuple[int, int, float]]:
-    """Pairs of rows at that cosine or more, the most alike first; of each row with up to k."""
+    """Pairs of rows at that cosine or more, the most alike first; up to k pairs of each row."""
     cosines, numbers = nearest_neighbours(found, k=min(k, len(found) - 1))
     first, place = (cosines >= least).nonzero(as_tuple=True)
     second, cosine = numbers[first, place], cosines[first, place]

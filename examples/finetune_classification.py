@@ -178,7 +178,10 @@ def rate(recipe: FineTuningRecipe, step: int, steps: int) -> float:
 def passes(
     images: Tensor, labels: Tensor, machine: Machine
 ) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
-    """This rank's images of a step in parts of at most --batch-size: what part, and the last?"""
+    """This rank's images of a step in parts of at most --batch-size.
+
+    Each part is its images, its labels, its share of the step and whether it is the last.
+    """
     size = machine.batch_size
     parts = list(zip(images.split(size), labels.split(size), strict=True))
     for number, (x, y) in enumerate(parts, 1):

@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on_exactly(
 
 def test_another_run_in_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path, *TINY, "--epochs", 1)
-    with pytest.raises(SystemExit, match="total-batch 8 there and 6 now"):
+    with pytest.raises(SystemExit, match="total-batch: 8 there, 6 now"):
         run(data, tmp_path, *TINY, "--epochs", 1, "--total-batch", 6)
 
 

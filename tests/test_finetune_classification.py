@@ -262,7 +262,7 @@ def test_a_killed_run_goes_on_exactly(
 
 def test_another_run_in_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path, *TINY, "--epochs", 1)
-    with pytest.raises(SystemExit, match=r"labels 100.0 there and 50.0 now"):
+    with pytest.raises(SystemExit, match=r"labels: 100.0 there, 50.0 now"):
         run(data, tmp_path, *TINY, "--epochs", 1, "--labels", 50)
 
 

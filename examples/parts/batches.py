@@ -44,7 +44,7 @@ class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """Of the images whose crops are left to the device."""
+        """(height, width) of the images whose crops are left to the device, None where there are none."""
         square = (self.decode_size, self.decode_size) if self.decode_size else None
         return square or self.source.size
 
