@@ -26,6 +26,7 @@ sys.path.insert(0, EXAMPLES)
 
 import imagenet_ddp  # noqa: E402
 from parts import batches, decoding, journal, order, resume, sources, watch  # noqa: E402, F401
+from parts import views as parts_views  # noqa: E402, F401
 
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["imagenet_ddp"])

@@ -22,6 +22,7 @@ from pretraining_helpers import (
     journal,
     log,
     notes,
+    parts_views,
     plan_of,
     run_here,
     sources,
@@ -199,7 +200,7 @@ def test_held_out_images_are_tested_on_and_never_trained_on(
         asked.append({data.source.name(i) for i in range(len(data.source))})
 
     monkeypatch.setattr(watch, "Neighbours", Recorded)
-    monkeypatch.setattr(imagenet_ddp, "resident", trained_on)
+    monkeypatch.setattr(parts_views, "resident", trained_on)
     flags = ("--held-out", 8, "--knn-every", 1, "--knn-neighbours", 3, "--steps", 2)
     run_here(tmp_path, "--data", npz, *TINY, *flags)
     assert asked == [*names, names[0], *names]  # before, the training itself, and after

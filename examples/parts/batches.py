@@ -44,7 +44,7 @@ class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """(height, width) of the images whose crops are left to the device, None where there are none."""
+        """(height, width) of the images whose crops are left to the device, if they are."""
         square = (self.decode_size, self.decode_size) if self.decode_size else None
         return square or self.source.size
 

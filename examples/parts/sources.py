@@ -46,7 +46,7 @@ class Source:
         return f"image {index}"
 
     def fingerprint(self) -> int:
-        """A number that changes where images came, went or were renamed: then their order changes."""
+        """A number that changes where images came, went or were renamed, as their order does."""
         names = "\n".join(self.name(i) for i in range(0, len(self), max(1, len(self) // 1000)))
         return zlib.crc32(self.labels.tobytes(), zlib.crc32(names.encode()))
 
