@@ -190,6 +190,7 @@ class LinearHeads(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the heads are."""
         return self.weights[0].device
 
     def features(self, extract: Extract, images: Tensor) -> Features:
@@ -232,7 +233,9 @@ class LinearHeads(nn.Module):
         """A step of an optimizer with one parameter group for each learning rate."""
         # It is made anew each time, over slices of what this module holds: so the module can be
         # moved, copied and loaded as any other.
-        groups = [{"params": [], "lr": lr * factor} for lr in self.protocol.lrs]
+        groups: list[dict[str, Any]] = [
+            {"params": [], "lr": lr * factor} for lr in self.protocol.lrs
+        ]
         state: dict[Tensor, dict[str, Tensor]] = {}
         for whole in zip(trained, gradients, self.momenta, strict=True):
             for group, w, u, m in zip(groups, *(x.detach().unbind() for x in whole), strict=True):

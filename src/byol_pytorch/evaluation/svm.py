@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 # MMSelfSup's scripts pass 1, 10 and 100 (tools/eval_svm_full.sh, eval_svm_lowshot.sh), and their
-# parse_cost_list adds the powers of a half; in this order, in which the first of equals wins.
+# parse_cost_list adds the powers of a half, in this order. Of equally good costs the first wins.
 # FAIR's commands add 1e-7 to 0.1 by tens (GETTING_STARTED.md).
 VOC07_COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))
 VOC07_SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)

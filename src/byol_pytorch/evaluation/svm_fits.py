@@ -11,6 +11,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_validate
 from sklearn.svm import LinearSVC
 from torch import Tensor
+from tqdm import tqdm
 
 from byol_pytorch.evaluation.average_precision import (
     Array,
@@ -96,6 +97,7 @@ class SVMs(NamedTuple):
 
 
 def fit(features: Floats, target: Array, costs: list[float], options: dict[str, Any]) -> SVMs:
+    """One SVM for each cost, on the samples whose target is not -1."""
     used = np.flatnonzero(target != -1)
     samples, basis = _basis(features[used])
     signs = np.where(target[used] == 1, 1, -1)
@@ -113,7 +115,7 @@ def fit(features: Floats, target: Array, costs: list[float], options: dict[str, 
 def validate(
     features: Floats, target: Array, cost: float, folds: int, options: dict[str, Any]
 ) -> tuple[float, int]:
-    """The mean AP over the folds, and how many fits did not converge."""
+    """The mean AP over the folds, and the number of fits that did not converge."""
     used = np.flatnonzero(target != -1)
     signs = np.where(target[used] == 1, 1, -1)
     with warnings.catch_warnings():
@@ -132,19 +134,16 @@ def validate(
 
 
 def run(tasks: Iterable[Any], total: int, n_jobs: int, progress: bool, text: str) -> Iterator[Any]:
+    """The results of joblib's tasks, in their order, as they come."""
     results = Parallel(n_jobs=n_jobs, return_as="generator")(tasks)
-    if progress:
-        from tqdm import tqdm
-
-        results = tqdm(results, text, total)
-    yield from results
+    yield from tqdm(results, text, total, disable=not progress)
 
 
 def _basis(samples: Floats) -> tuple[Floats, Floats | None]:
-    """Fewer samples than dimensions in an orthonormal basis (D, N) of their span: (N, N).
+    """Samples (N, D), N < D, as (N, N) in an orthonormal basis (D, N) of their span.
 
-    An SVM knows its samples by their inner products alone, and these stay: it is the same one,
-    iteration by iteration, for as many times less work. More samples are left as they are.
+    An SVM knows its samples by their inner products alone, and these stay: it is the same SVM,
+    iteration by iteration, for D / N times less work. Where N >= D they stay as they are.
     """
     if len(samples) >= samples.shape[1]:
         return samples, None
@@ -153,5 +152,6 @@ def _basis(samples: Floats) -> tuple[Floats, Floats | None]:
 
 
 def in_span(train: Floats, test: Floats) -> tuple[Floats, Floats]:
+    """Both in the basis that _basis finds for the training samples."""
     train, basis = _basis(train)
     return train, test if basis is None else test @ basis
