@@ -317,7 +317,8 @@ def annotated(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
     """The same from the objects in the annotations; ignored: all of a class are difficult."""
     tables: dict[str, dict[str, int]] = {}
     for name in names:
-        for label, difficult, _ in voc.read_objects(folder / "Annotations" / f"{name}.xml"):
+        root = voc.read_annotation(folder / "Annotations" / f"{name}.xml")
+        for label, difficult, _ in voc.objects_of(root):
             table = tables.setdefault(label, dict.fromkeys(names, 0))
             table[name] = 1 if not difficult or table[name] == 1 else -1
     return tables

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ def fine_tune(
     protocol: Any,
     machine: Machine,
     args: argparse.Namespace,
+    kinds: np.ndarray | None = None,
 ) -> list[Figures]:
     """Train `net` by SGD for the steps of the protocol; the figures of each evaluation, on rank 0.
 
@@ -49,6 +51,7 @@ def fine_tune(
     `collate` a batch of several, `rate` the learning rate of a step. `evaluate` is called on all
     ranks, with `net` in evaluation mode, and gives its figures on rank 0. Of the flags it takes
     --seed, --output and how often is evaluated, saved and logged; OUTPUT/last.pt holds the state.
+    With `kinds`, one integer or bool an image, every two neighbours in a batch are of one kind.
     """
     assert isinstance(images, Sized)
     device = machine.device
@@ -70,7 +73,13 @@ def fine_tune(
             journal.note(step, f"goes on from {last_state.path}")
         model = parallel(net.train(), device)
         order = Order(
-            len(images), protocol.batch_size, args.seed, protocol.iterations, step, "join"
+            len(images),
+            protocol.batch_size,
+            args.seed,
+            protocol.iterations,
+            step,
+            "join",
+            kinds=kinds,
         )
         loader = DataLoader(
             images, batch_sampler=order, collate_fn=collate, num_workers=machine.workers,
