@@ -34,6 +34,8 @@ from parts.labelled import (
 )
 from parts.machine import Machine
 from parts.processes import fail, leave_processes, rank, tell, world_size
+from parts.published import IMAGENET, INATURALIST2018, DataSet
+from parts.published import PLACES205 as PLACES205_DATA
 from parts.resume import LastState, identity, the_only_run
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
@@ -54,8 +56,9 @@ from byol_pytorch.evaluation.protocols import (
     Protocol,
 )
 
-MMSELFSUP = "MMSelfSup, configs/benchmarks/classification/"
-PAGE = "MMSelfSup's BYOL, ResNet-50"  # configs/selfsup/byol/README.md
+# Branch 0.x, which measured all figures of its configs/selfsup/byol/README.md but the 71.8.
+MMSELFSUP = "MMSelfSup 0.x, configs/benchmarks/classification/"
+PAGE = "MMSelfSup's BYOL, ResNet-50"
 
 
 @dataclass(frozen=True)
@@ -66,36 +69,40 @@ class Evaluation:
     protocol: Protocol
     views: str  # of VIEWS
     stages: bool  # a head for each stage; else one for the pooled feature
-    published: dict[
-        str, tuple[float, ...]
-    ]  # in %: top-1 of the stages; top-1 and top-5 of one head
+    data: DataSet
+    # In %: top-1 of the stages; top-1 and top-5 of one head. Shown where the data are `data`.
+    published: dict[str, tuple[float, ...]]
 
 
 EVALUATIONS = {
     "paper": Evaluation(
         "arXiv 2006.07733, appendix C.1, and DeepMind's byol/configs/eval.py",
-        PAPER, "crop", False,
+        PAPER, "crop", False, IMAGENET,
         {"the paper's BYOL, ResNet-50, ImageNet, 1000 epochs": (74.3, 91.6)},
     ),
     "mmselfsup": Evaluation(
         f"{MMSELFSUP}imagenet/resnet50_linear-8xb512-coslr-90e_in1k",
-        MMSELFSUP_LINEAR, "bilinear", False, {f"{PAGE}, ImageNet, 200 epochs": (71.8,)},
+        MMSELFSUP_LINEAR, "bilinear", False, IMAGENET,
+        {f"{PAGE}, 1.x, 16xb256, 200 epochs": (71.8,),
+         f"{PAGE}, 0.x, 16xb256, 200 epochs": (71.88,),
+         f"{PAGE}, 0.x, 8xb32-accum16, 200 epochs": (71.72,),
+         f"{PAGE}, 0.x, 8xb32-accum16, 300 epochs": (72.93,)},
     ),
     "multi-head": Evaluation(
         f"{MMSELFSUP}imagenet/resnet50_mhead_linear-8xb32-steplr-90e_in1k",
-        MULTI_HEAD, "colour", True,
+        MULTI_HEAD, "colour", True, IMAGENET,
         {f"{PAGE}, ImageNet, 16xb256, 200 epochs": (15.41, 35.15, 47.77, 62.59, 71.85),
          f"{PAGE}, ImageNet, 8xb32-accum16, 200 epochs": (15.16, 35.26, 47.77, 63.10, 71.21)},
     ),
     "places205": Evaluation(
         f"{MMSELFSUP}places205/resnet50_mhead_8xb32-steplr-28e_places205",
-        PLACES205, "places", True,
+        PLACES205, "places", True, PLACES205_DATA,
         {f"{PAGE}, Places205, 200 epochs": (21.25, 36.55, 43.66, 50.74, 53.82),
          f"{PAGE}, Places205, 300 epochs": (21.18, 36.68, 43.42, 51.04, 54.06)},
     ),
     "inaturalist": Evaluation(
         f"{MMSELFSUP}inaturalist2018/resnet50_mhead_8xb32-steplr-84e_inat18",
-        INATURALIST, "bilinear", True, {},
+        INATURALIST, "bilinear", True, INATURALIST2018, {},
     ),
 }  # fmt: skip
 HELP = {
@@ -131,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         fail(str(error))
     if rank() == 0:
-        report(probe, evaluation, facts, args)
+        counts = len(training), len(testing), len(np.unique(training.labels))
+        report(probe, evaluation, counts == evaluation.data, facts, args)
     leave_processes()
 
 
@@ -290,12 +298,12 @@ def views(kind: str, facts: Facts, whole: bool) -> tuple[Transform, Transform]:
     """What is trained on and what is tested on; images of one size are tested on as a whole.
 
     crop: random crop and flip, bicubic, the paper's. bilinear: the same, MMSelfSup's for one head
-    and iNaturalist. colour: bicubic, with jitter 0.4 and lighting, its multi-head one for ImageNet.
-    places: random crop of the central square and flip, bilinear, its one for Places205.
+    and iNaturalist. colour: bilinear, with jitter 0.4 and lighting, its multi-head one for
+    ImageNet. places: random crop of the central square and flip, bilinear, its one for Places205.
+    (1.x resizes by bicubic interpolation; the figures are 0.x's, torchvision's bilinear default.)
     """
     size, edge = facts.image_size, round(facts.image_size / CENTRE)
-    bicubic = kind in ("crop", "colour")
-    mode = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
+    mode = v2.InterpolationMode.BICUBIC if kind == "crop" else v2.InterpolationMode.BILINEAR
     to_image, to_float, normalise = as_tensor(facts)
     look = [v2.Resize(size if whole else edge, mode), v2.CenterCrop(size)]
     train = [v2.RandomResizedCrop(size, interpolation=mode)]
@@ -384,8 +392,11 @@ def named(what: str, values: Tensor, heads: LinearHeads) -> dict[str, float]:
     }
 
 
-def report(probe: Probe, evaluation: Evaluation, facts: Facts, args: argparse.Namespace) -> None:
-    """The published table: a column for each stage, or for the top-1 and top-5 of one head."""
+def report(
+    probe: Probe, evaluation: Evaluation, comparable: bool, facts: Facts, args: argparse.Namespace
+) -> None:
+    """The published table: a column for each stage, or for the top-1 and top-5 of one head;
+    the published rows where the data are `comparable`."""
     top1, top5 = 100 * probe.top1, 100 * probe.top5
     lines: list[tuple[str, list[int]]]  # and which rate is shown for each stage
     if probe.chosen is not None:
@@ -402,7 +413,7 @@ def report(probe: Probe, evaluation: Evaluation, facts: Facts, args: argparse.Na
         else:
             rows.append([this, first[0], five[0]])
     columns = ["", *(probe.stages if evaluation.stages else ("top-1", "top-5"))]
-    for who, figures in evaluation.published.items():
+    for who, figures in evaluation.published.items() if comparable else ():
         cells: list[float | None] = [*figures]
         if evaluation.stages:
             by_stage = {f"feature{i}": figure for i, figure in enumerate(figures, 1)}

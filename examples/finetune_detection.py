@@ -37,6 +37,7 @@ from parts.finetuning import Figures, check_shares, fine_tune, one_by_one, save_
 from parts.flags import check_at_least, flag, parse_protocol, protocol_parser, set_up
 from parts.machine import Machine
 from parts.processes import fail, leave_processes, rank, tell, world_size
+from parts.published import COCO2017, VOC0712, DataSet
 from parts.tables import Cell, write_results
 from torchvision.models.detection import FasterRCNN
 from torchvision.utils import draw_bounding_boxes
@@ -85,12 +86,13 @@ COCO_MASK_FPN = replace(
     warmup=1000, train_sizes=tuple(range(640, 801, 32)),
 )  # fmt: skip
 PROTOCOLS = {"voc-c4": VOC_C4, "coco-mask-fpn": COCO_MASK_FPN}
-# By measure: MMSelfSup's configs/selfsup/byol/README.md, byol_resnet50_8xb32-accum16-coslr-200e.
-PUBLISHED: dict[str, list[Cell]] = {
-    "voc": ["published: BYOL, ResNet-50, 200 epochs, on VOC07+12 (MMSelfSup)", "c4", 24_000,
-            80.35, None, None],
-    "coco": ["published: BYOL, ResNet-50, 200 epochs, on COCO (MMSelfSup)", "mask-fpn", 87_960,
-             40.9, 61.0, 44.6, 36.8, 58.1, 39.5],
+# By measure, with its data: MMSelfSup 0.x, configs/selfsup/byol/README.md,
+# byol_resnet50_8xb32-accum16-coslr-200e.
+PAGE = "published: BYOL, ResNet-50, 200 epochs, on"
+PUBLISHED: dict[str, tuple[DataSet, list[Cell]]] = {
+    "voc": (VOC0712, [f"{PAGE} VOC07+12 (MMSelfSup)", "c4", 24_000, 80.35, None, None]),
+    "coco": (COCO2017, [f"{PAGE} COCO (MMSelfSup)", "mask-fpn", 87_960,
+                        40.9, 61.0, 44.6, 36.8, 58.1, 39.5]),
 }  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         kinds=images.wide,
     )  # fmt: skip
     if rank() == 0:
-        report(history, test, facts, protocol, args)
+        report(history, train, test, facts, protocol, args)
     leave_processes()
 
 
@@ -202,8 +204,8 @@ def draw(test: Annotated, results: list[Result], path: Path) -> None:
 
 
 def report(
-    history: list[Figures], test: Annotated, facts: Facts, protocol: DetectionProtocol,
-    args: argparse.Namespace,
+    history: list[Figures], train: Annotated, test: Annotated, facts: Facts,
+    protocol: DetectionProtocol, args: argparse.Namespace,
 ) -> None:  # fmt: skip
     if protocol.measure == "voc":
         names, columns = ("AP50", "AP", "AP75"), ["AP50", "AP", "AP75"]
@@ -216,7 +218,9 @@ def report(
             columns += ["mAP (mask)", "AP50 (mask)", "AP75 (mask)"]
     own = [f"{facts.model}, {facts.start}", protocol.detector, protocol.iterations]
     rows: list[list[Cell]] = [[*own, *(history[-1][name] for name in names)]]
-    rows.append(PUBLISHED[protocol.measure][: len(rows[0])])
+    data, published = PUBLISHED[protocol.measure]
+    if (len(train.images), len(test.images), len(test.classes)) == data:
+        rows.append(published[: len(rows[0])])
     more = {"history": history, "classes": test.classes, "test images": len(test.images)}
     write_results(args, title, ["backbone", "detector", "steps", *columns], rows, facts, more)
 
