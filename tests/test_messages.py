@@ -403,10 +403,7 @@ CASES: list[Case] = [
     ("load_backbone: DeepMind's padding", lambda f: deepmind(f, None)),
     ("load_backbone warning: DeepMind's padding", lambda f: deepmind(f, "torch")),
     ("export_backbone: half a normalisation", lambda f: exported(f, mean=(0.5,))),
-    ("export_backbone: a README is there",
-     lambda f: exported(bytes_in(f, b"", "README.md").parent, card="trained")),
     ("export_backbone: model_args", lambda f: exported(f, model_args={"norm": nn.ReLU})),
-    ("export_backbone: naming", lambda f: exported(f, naming="timm")),
     # evaluation: neighbours
     ("knn: half of the queries", lambda f: knn(queries=ROWS)),
     ("knn: one class", lambda f: knn(bank_labels=LABELS * 0)),

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -87,11 +87,6 @@ NAMINGS: dict[str, Pairs] = {
         ("7.{}", "layer4.{}"),
     ),
 }
-# The names that ResNets have in torchvision, timm and MMPretrain alike
-RESNET = re.compile(
-    r"(conv1|bn1|fc|layer\d\.\d+\.(conv|bn)[123]|layer\d\.\d+\.downsample\.[01])"
-    r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
-)
 
 
 @dataclass(frozen=True)
@@ -141,27 +136,6 @@ def _network(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-
-
-def exported_names(names: Iterable[str], naming: Literal["timm", "torchvision"]) -> list[str]:
-    """A ResNet's or ViT's names in timm's or torchvision's naming, in the order given.
-
-    Raises ValueError where a name has no counterpart.
-    """
-    names = list(names)
-    to_timm = NAMINGS["torchvision ViT"]
-    rules = {"timm": to_timm, "torchvision": _reversed(to_timm)}
-    renamed = [_translated(name, rules.get(naming, ())) for name in names]
-    if all(renamed):
-        return [str(new) for new in renamed]
-    back = _reversed(rules.get(naming, ()))
-    odd = [n for n in names if not (RESNET.fullmatch(n) or _translated(n, back))]
-    if naming not in rules or odd:
-        raise ValueError(
-            f"naming={naming!r}, and a network with {(odd or names)[0]}; expected 'timm' or "
-            "'torchvision', and a ResNet or ViT of theirs. Leave naming out to keep the names."
-        )
-    return names  # which they have already
 
 
 def _candidates(tensors: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
