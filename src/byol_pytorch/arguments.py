@@ -36,26 +36,6 @@ def check_flags(flags: Mapping[str, Any], sync_batchnorm: Any) -> None:
         )
 
 
-def check_augmentations(augment_fn: Any, augment_fn2: Any) -> None:
-    """Raise TypeError for augmentations that cannot be called."""
-    for name, value in (("augment_fn", augment_fn), ("augment_fn2", augment_fn2)):
-        if value is not None and not callable(value):
-            raise TypeError(
-                f"{name} is a {type(value).__name__}; expected a callable from (B, C, H, W) to a "
-                "view, or None. A pair of them, as byol_views gives, goes in as augment_fn=first, "
-                "augment_fn2=second."
-            )
-
-
-def check_hidden_layer(hidden_layer: Any) -> None:
-    """Raise TypeError for what names no layer; a bool would count as an index."""
-    if isinstance(hidden_layer, bool) or not isinstance(hidden_layer, str | int):
-        raise TypeError(
-            f"hidden_layer={hidden_layer!r}; expected a layer's dotted name, an index into "
-            "net.children(), or 'auto'. Print [name for name, _ in net.named_modules()] for names."
-        )
-
-
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number of Python or numpy, and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool)

@@ -86,17 +86,7 @@ def for_network(inputs: Any, dtype: torch.dtype) -> Any:
     casts = torch.is_autocast_enabled(held[0].device.type)
     if casts and not any(x.dtype == torch.float64 for x in held):
         return inputs
-    return as_dtype(inputs, dtype)
-
-
-def as_dtype(inputs: Any, dtype: torch.dtype) -> Any:
-    """The floating-point tensors of `inputs` in `dtype`."""
     return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
-
-
-def concatenated(one: Any, two: Any) -> Any:
-    """Both views as one batch."""
-    return map_tensors(lambda x, y: torch.cat((x, y)), one, two)
 
 
 @dataclass(frozen=True)
@@ -120,16 +110,14 @@ class Layout:
 
     def check(self, images: Any, what: str, finite: bool) -> None:
         """Raise TypeError or ValueError where `images` are not such as the network takes."""
-        if self.shape is not None and not isinstance(images, Tensor):
-            raise TypeError(
-                f"{what} are a {type(images).__name__}; expected a tensor {self._expected()}. "
-                "Stack them with torch.stack."
+        if isinstance(images, Tensor) != (self.shape is not None) or not tensors(images):
+            expected = (
+                "the structure of example_input, a tuple or a mapping of tensors. Build them as "
+                "example_input is built."
+                if self.shape is None
+                else f"a tensor {self._expected()}. Stack them with torch.stack."
             )
-        if self.shape is None and (isinstance(images, Tensor) or not tensors(images)):
-            raise TypeError(
-                f"{what} are a {type(images).__name__}; expected the structure of example_input, "
-                "a tuple or a mapping of tensors. Build them as example_input is built."
-            )
+            raise TypeError(f"{what} are a {type(images).__name__}; expected {expected}")
         for x in tensors(images):
             self._check_tensor(x, what)
             if finite and x.is_floating_point() and not bool(torch.isfinite(x).all()):
@@ -195,20 +183,15 @@ class Layout:
         Of views that are tuples or mappings only the structure and the dtypes are known.
         """
         for view, name in ((one, "augment_fn"), (two, "augment_fn2")):
-            if self.shape is None:
-                self._check_made_structure(view, name)
-            else:
+            if self.shape is not None:
                 self._check_made_tensor(view, name, tensors(images)[0].shape[0])
+            elif isinstance(view, Tensor) or not tensors(view):
+                raise TypeError(
+                    f"{name} returned a {type(view).__name__}; expected the structure of "
+                    "example_input, a tuple or a mapping of tensors. Return a view built as its "
+                    "argument is."
+                )
         check_alike(one, two)
-
-    def _check_made_structure(self, view: Any, name: str) -> None:
-        held = tensors(view)
-        if isinstance(view, Tensor) or not held:
-            raise TypeError(
-                f"{name} returned a {type(view).__name__}; expected the structure of "
-                "example_input, a tuple or a mapping of tensors. Return a view built as its "
-                "argument is."
-            )
 
     def _check_made_tensor(self, view: Any, name: str, count: int) -> None:
         assert self.shape is not None

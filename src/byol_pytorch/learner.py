@@ -1,30 +1,23 @@
 """BYOL as one module: two views, an online network, its EMA target and the loss between them.
 
-Finding the representation, the heads, the target's update, the loss and the views live in files of
-their own; optimizers, data and loops are the user's.
+Each part (representation, heads, target, loss, views) lives in a file of its own; optimizers, data
+and loops are the user's.
 """
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.arguments import (
-    check_augmentations,
-    check_flags,
-    check_hidden_layer,
-    check_sizes,
-)
-from byol_pytorch.augment.views import as_view, byol_views, sides
+from byol_pytorch.arguments import check_flags, check_sizes
+from byol_pytorch.augment.views import as_view, both_views, normalisation_of, sides
 from byol_pytorch.backbone import (
     Pool,
     Representation,
-    check_example,
     check_gradient,
-    check_network,
     copy_for_target,
     drawing,
     evaluating,
@@ -35,9 +28,9 @@ from byol_pytorch.diagnostics import check_diagnosed, health
 from byol_pytorch.heads import check_batch, mlp, simplicial_embedding, simsiam_mlp
 from byol_pytorch.inputs import (
     Layout,
-    concatenated,
     for_network,
     has_range,
+    map_tensors,
     range_warning,
     scaled,
     tensors,
@@ -129,7 +122,6 @@ class BYOL(nn.Module):
         check_finite: bool = False,
     ) -> None:
         super().__init__()
-        check_network(net)
         check_decay(moving_average_decay, total_steps)
         sizes = {
             "projection_size": projection_size,
@@ -146,16 +138,17 @@ class BYOL(nn.Module):
             "check_finite": check_finite,
         }
         check_flags(flags, sync_batchnorm)
-        check_hidden_layer(hidden_layer)
-        check_augmentations(augment_fn, augment_fn2)
-        check_example(example_input)
         size = None if image_size is None and example_input is not None else sides(image_size)
-        inputs = probe_inputs(uncompiled(net), size, example_input)
+        inputs = probe_inputs(net, size, example_input)
         found = locate(net, inputs, hidden_layer, pool)
         self.net, self.image_size = net, size
-        self._representation = Representation(net, found.source)
+        self._representation = Representation(net, found.place)
         self._unreached = found.unreached
         self._layout = Layout.of(inputs, size, example_input is not None)
+        pictures = size if len(self._layout.shape or ()) == 4 else None
+        self.augment_fn, self.augment_fn2 = both_views(
+            augment_fn, augment_fn2, pictures, self._layout.channels, mean, std
+        )
 
         dim, hidden = found.probe.shape[1], projection_hidden_size
         make = mlp if use_momentum else simsiam_mlp
@@ -169,7 +162,6 @@ class BYOL(nn.Module):
         predictor = mlp(projection_size, projection_size, hidden, sync_batchnorm)
         self.predictor = predictor.to(found.probe)
 
-        self._set_views(augment_fn, augment_fn2, mean, std)
         self.use_momentum, self.total_steps = use_momentum, total_steps
         self.target_dropout, self.concatenate_views = target_dropout, concatenate_views
         self.check_finite = check_finite
@@ -233,8 +225,12 @@ class BYOL(nn.Module):
                 "(B, C, H, W). Give augment_fn, or call learner(view_one, view_two)."
             )
         with torch.autocast(tensors(images)[0].device.type, enabled=False):
-            first, second = self.augment_fn, self.augment_fn2
-            return first(self._raw(images, first)), second(self._raw(images, second))
+            # byol_views take uint8 as it is; other callables are given floats in [0, 1].
+            one, two = (
+                augment(scaled(images) if as_view(augment) is None else images)
+                for augment in (self.augment_fn, self.augment_fn2)
+            )
+            return one, two
 
     def representation(self, images: Any, normalise: bool = True) -> Tensor:
         """(B, D) of `images` without augmentation, in the current mode, with gradient.
@@ -271,14 +267,14 @@ class BYOL(nn.Module):
         """Make the target a fresh copy of the online network and projector, and the step 0."""
         self._step = 0
         if self.use_momentum:
-            source = self._representation.source
+            place = self._representation.place
             with torch.inference_mode(False):  # or no later update could change the copies
-                net = copy_for_target(self.net, source)
+                net = copy_for_target(self.net, place)
                 projector = copy.deepcopy(self.projector)
                 self.target = Target(
                     net,
                     projector,
-                    source,
+                    place,
                     dropout=self.target_dropout,
                     drawing=self._drawing,
                 )
@@ -303,11 +299,11 @@ class BYOL(nn.Module):
     def ddp_ignored(self, prefix: str = "") -> list[str]:
         """Names of the parameters that do not reach the representation, with `prefix` in front.
 
-        They get no gradient in training, so DDP must not wait for one; a parameter of the
-        evaluation forward alone is one of them, one of the training forward alone is not. Those
-        that are used at random or by what comes (LayerDrop, experts) are not either: then give
-        DDP find_unused_parameters=True. Where the training forward fails on the probe (it asks
-        for labels), the evaluation forward decides. DDP(learner) reads the names by itself; set
+        They get no gradient in training, so DDP must not wait for one. A parameter that only the
+        evaluation forward uses is named, one that only the training forward uses is not, and one
+        that is used at random or depending on the input (LayerDrop, experts) is not either: then
+        give DDP find_unused_parameters=True. Where the training forward fails on the probe (it
+        asks for labels), the evaluation forward decides. DDP(learner) reads the names itself; set
         `_ddp_params_and_buffers_to_ignore` of a module that wraps the learner to
         ddp_ignored("name.of.the.learner."). DDP does not broadcast them at its start either:
         `for p in ...: torch.distributed.broadcast(p.data, 0)` does, where ranks were initialised
@@ -332,37 +328,7 @@ class BYOL(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copied or unpickled network comes without the hooks.
-        self._representation = Representation(self.net, self._representation.source)
-
-    def _set_views(
-        self, augment_fn: Augmentation | None, augment_fn2: Augmentation | None, mean: Any, std: Any
-    ) -> None:
-        layout = self._layout
-        pictures = layout.size is not None and layout.shape is not None and len(layout.shape) == 4
-        first: Augmentation | None = None
-        second: Augmentation | None = None
-        if augment_fn is None and pictures:
-            assert layout.size is not None
-            first, second = byol_views(layout.size, mean=mean, std=std)
-        elif mean not in ("auto", None) or std not in ("auto", None):
-            raise ValueError(
-                "mean and std normalise after the default views, and augment_fn replaces those: "
-                "normalise in augment_fn, and leave mean and std out."
-            )
-        # Not `or`: an empty nn.Sequential, the identity, is false.
-        self.augment_fn = first if augment_fn is None else augment_fn
-        fallback = second if augment_fn is None else augment_fn
-        self.augment_fn2 = fallback if augment_fn2 is None else augment_fn2
-        one = self._normalisation_of(self.augment_fn)
-        two = self._normalisation_of(self.augment_fn2)
-        known = [as_view(view) is not None for view in (self.augment_fn, self.augment_fn2)]
-        if one != two and known[0] and (known[1] or augment_fn is None):
-            raise ValueError(
-                f"The first view is normalised by {one}, the second by "
-                f"{two if known[1] else 'what augment_fn2 does'}; expected the same of both. Give "
-                "byol_views(image_size, mean=..., std=...)[0] as augment_fn, with mean=None and "
-                "std=None where augment_fn2 does not normalise."
-            )
+        self._representation = Representation(self.net, self._representation.place)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("augment_fn", "augment_fn2") and not isinstance(value, nn.Module):
@@ -373,27 +339,12 @@ class BYOL(nn.Module):
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """(mean, std) that the Normalize stage of the first view works with; None without one, or
         where augment_fn is not of byol_views."""
-        return self._normalisation_of(self.augment_fn)
-
-    @staticmethod
-    def _raw(images: Any, augment_fn: Augmentation) -> Any:
-        # byol_views take uint8 as it is; other callables are given floats in [0, 1].
-        return scaled(images) if as_view(augment_fn) is None else images
-
-    def _normalisation_of(self, augment_fn: Augmentation | None) -> Any:
-        view = as_view(augment_fn)
-        found = None if view is None else view.statistics(self._layout.channels or 0)
-        # float32 holds 7 digits: those that were given.
-        return found and tuple(tuple(float(f"{x:.7g}") for x in v.tolist()) for v in found)
+        return normalisation_of(self.augment_fn, self._layout.channels)
 
     def _check_images(self, images: Any, ranged: bool = True) -> None:
         self._layout.check(images, "The images", self.check_finite)
-        if (
-            not ranged
-            or torch.compiler.is_compiling()
-            or self._range_checked
-            or not has_range(images)
-        ):
+        looked = torch.compiler.is_compiling() or self._range_checked
+        if looked or not ranged or not has_range(images):
             return
         self._range_checked = True
         if message := range_warning(images, clipped=as_view(self.augment_fn) is not None):
@@ -407,24 +358,19 @@ class BYOL(nn.Module):
         return scaled(images)
 
     def _loss(self, one: Any, two: Any) -> Tensor:
-        goals: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        views = [one, two]
+        if self.concatenate_views:
+            views = [map_tensors(lambda x, y: torch.cat((x, y)), one, two)]
+        goals = None
         if (target := self.target) is not None:
             # Before the online network, whose activations then are not there yet: at ResNet-50
             # and 256 images the peak of memory is 1.1 GiB lower.
             with torch.no_grad():
-                goals = self._each_view(lambda view: (target(self._in_dtype(view)),), one, two)
-        (p_one, z_one), (p_two, z_two) = self._each_view(self._online, one, two)
-        if goals is not None:
-            (z_one,), (z_two,) = goals
+                goals = [target(self._in_dtype(view)) for view in views]
+        online = [self._online(view) for view in views]
+        z_one, z_two = _halves([projection for _, projection in online] if goals is None else goals)
+        p_one, p_two = _halves([prediction for prediction, _ in online])
         return regression_loss(p_one, z_two.detach()) + regression_loss(p_two, z_one.detach())
-
-    def _each_view(
-        self, branch: Callable[[Any], tuple[Tensor, ...]], one: Any, two: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        if not self.concatenate_views:
-            return branch(one), branch(two)
-        halves = [output.chunk(2) for output in branch(concatenated(one, two))]
-        return tuple(h[0] for h in halves), tuple(h[1] for h in halves)
 
     def _online(self, view: Any) -> tuple[Tensor, Tensor]:
         projection = self.projector(self._embed(view))
@@ -432,11 +378,16 @@ class BYOL(nn.Module):
 
     def _embed(self, view: Any) -> Tensor:
         representation = self._representation(self.net, self._in_dtype(view))
-        source, unreached = self._representation.source, self._unreached
-        check_gradient(representation, self.net, source, unreached)
+        place, unreached = self._representation.place, self._unreached
+        check_gradient(representation, self.net, place, unreached)
         return representation
 
     def _in_dtype(self, view: Any) -> Any:
         # A network cast to bfloat16 takes bfloat16.
         dtypes = (p.dtype for p in self.net.parameters() if p.is_floating_point())
         return for_network(view, next(dtypes))
+
+
+def _halves(outputs: list[Tensor]) -> Sequence[Tensor]:
+    """One output a view, from those of both or of one batch of both."""
+    return outputs if len(outputs) == 2 else outputs[0].chunk(2)

@@ -1,6 +1,6 @@
 """The EMA target: a frozen copy of the online backbone and projector, its update and schedule.
 
-How the copy is made lives in backbone, when it is updated in learner.py.
+The room backbone makes the copy; learner.py says when it is updated.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from byol_pytorch.arguments import is_count, is_number
-from byol_pytorch.backbone import Representation, Source
+from byol_pytorch.backbone import Place, Representation
 from byol_pytorch.parallel import local
 
 
@@ -41,13 +41,13 @@ def check_decay(decay: Any, total_steps: Any) -> None:
 
 
 class Target(nn.Module):
-    """The frozen copies `net`, read at `source`, and `projector`; both are taken over as they are.
+    """The frozen copies `net`, read at `place`, and `projector`; both are taken over as they are.
 
     Parameters follow the online ones by EMA. Buffers are never averaged: the target's batch
     statistics come from its own forward passes, as in DeepMind's code; every other buffer keeps
     the value that it was copied with. Modules start in the modes of their originals and train
-    with the learner, but dropout and stochastic depth are off unless `dropout`: in evaluation mode
-    is each module with such a name or rate, and those of `drawing`, by their names in `net`.
+    with the learner, but dropout and stochastic depth are off unless `dropout`: each module with
+    such a name or rate, and each that `drawing` names in `net`, stays in evaluation mode.
     Parameters narrower than float32 are rounded from a float32 copy (`float32` in the
     state_dict), because at a decay of 0.996 nine tenths of the entries of a bfloat16 EMA never
     change.
@@ -57,18 +57,18 @@ class Target(nn.Module):
         self,
         net: nn.Module,
         projector: nn.Module,
-        source: Source,
+        place: Place,
         *,
         dropout: bool = False,
         drawing: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.net, self.projector, self.dropout, self.drawing = net, projector, dropout, drawing
-        self._representation = Representation(net, source)
+        self._representation = Representation(net, place)
         self.float32 = nn.Module()
         self._pairing: Pairing | None = None
         self.requires_grad_(False)
-        self._widen()
+        self._float32_copies([p for p in self.parameters() if _is_narrow(p)])
         self._quieten()
 
     def forward(self, view: Any) -> Tensor:
@@ -81,7 +81,7 @@ class Target(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copied or unpickled network comes without the hooks.
-        self._representation = Representation(self.net, self._representation.source)
+        self._representation = Representation(self.net, self._representation.place)
 
     def train(self, mode: bool = True) -> "Target":
         super().train(mode)
@@ -123,23 +123,19 @@ class Target(nn.Module):
         target, online = self._pairing.read()
         return list(map(local, target)), list(map(local, online))
 
-    def _float32_copies(self, narrow: list[Tensor]) -> list[Tensor]:
+    def _float32_copies(self, narrow: Sequence[Tensor]) -> list[Tensor]:
         copies = list(self.float32.buffers())
-        if [c.shape for c in copies] != [p.shape for p in narrow]:  # just sharded, or replaced
-            self._widen(narrow)
-            copies = list(self.float32.buffers())
-        return copies
+        if [c.shape for c in copies] == [p.shape for p in narrow]:
+            return copies
+        # New, just sharded, or replaced. Made under inference_mode they could not be updated.
+        with torch.inference_mode(False):
+            return self._keep([parameter.detach().float().clone() for parameter in narrow])
 
-    def _widen(self, narrow: Sequence[Tensor] | None = None) -> None:
-        if narrow is None:
-            narrow = [p for p in self.parameters() if _is_narrow(p)]
-        with torch.inference_mode(False):  # or no later update could change them
-            self._keep([parameter.detach().float().clone() for parameter in narrow])
-
-    def _keep(self, copies: Sequence[Tensor]) -> None:
+    def _keep(self, copies: list[Tensor]) -> list[Tensor]:
         self.float32 = nn.Module()
         for i, copy in enumerate(copies):
             self.float32.register_buffer(str(i), copy)
+        return copies
 
     @torch.no_grad()
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
@@ -163,7 +159,7 @@ class Target(nn.Module):
 
 
 class Pairing:
-    """Which parameter of the target follows which online one, found by name once a structure.
+    """Which parameter of the target follows which online one, found by name until modules change.
 
     Each of `modules` is a copy and its original. Raises RuntimeError where an original lacks a
     parameter of its copy, or has it in another shape.

@@ -199,6 +199,52 @@ def as_view(augment_fn: Any) -> "ViewSequential | None":
     return augment_fn if isinstance(augment_fn, ViewSequential) else None
 
 
+def both_views(
+    augment_fn: Any, augment_fn2: Any, size: tuple[int, int] | None, channels: int | None,
+    mean: Statistics, std: Statistics,
+) -> tuple[Any, Any]:  # fmt: skip
+    """A learner's two augmentations: those given, else BYOL's of `size`, None where that is None.
+
+    Raises TypeError for what cannot be called; ValueError for a mean or std of no default views,
+    and where the two views are normalised differently.
+    """
+    for name, value in (("augment_fn", augment_fn), ("augment_fn2", augment_fn2)):
+        if value is not None and not callable(value):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}; expected a callable from (B, C, H, W) to a "
+                "view, or None. A pair of them, as byol_views gives, goes in as augment_fn=first, "
+                "augment_fn2=second."
+            )
+    first, fallback = augment_fn, augment_fn
+    default = augment_fn is None and size is not None
+    if augment_fn is None and size is not None:
+        first, fallback = byol_views(size, mean=mean, std=std)
+    elif mean not in ("auto", None) or std not in ("auto", None):
+        raise ValueError(
+            "mean and std normalise after the default views, and augment_fn replaces those: "
+            "normalise in augment_fn, and leave mean and std out."
+        )
+    second = fallback if augment_fn2 is None else augment_fn2
+    one, two = normalisation_of(first, channels), normalisation_of(second, channels)
+    known = as_view(second) is not None
+    if one != two and as_view(first) is not None and (known or default):
+        raise ValueError(
+            f"The first view is normalised by {one}, the second by "
+            f"{two if known else 'what augment_fn2 does'}; expected the same of both. Give "
+            "byol_views(image_size, mean=..., std=...)[0] as augment_fn, with mean=None and "
+            "std=None where augment_fn2 does not normalise."
+        )
+    return first, second
+
+
+def normalisation_of(augment_fn: Any, channels: int | None) -> Any:
+    """(mean, std) of a pipeline of byol_views, one value a channel; None of others and without."""
+    view = as_view(augment_fn)
+    found = None if view is None else view.statistics(channels or 0)
+    # float32 holds 7 digits: those that were given.
+    return found and tuple(tuple(float(f"{x:.7g}") for x in v.tolist()) for v in found)
+
+
 def _normalisation(mean: Statistics, std: Statistics) -> list[Any]:
     """The Normalize stage, or none."""
     import kornia.augmentation as K

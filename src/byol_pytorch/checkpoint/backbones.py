@@ -1,6 +1,6 @@
 """Backbones in files: exported with what builds them anew, loaded from our files and others'.
 
-Whose names and layouts the files of others have is in names.py and deepmind.py.
+How other projects name their weights is in names.py and deepmind.py.
 """
 
 import json
@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from byol_pytorch.checkpoint.deepmind import pads_same, read_deepmind, same_padding
-from byol_pytorch.checkpoint.files import StrPath, existing, is_safetensors, replacing
+from byol_pytorch.checkpoint.files import (
+    StrPath,
+    existing,
+    is_safetensors,
+    read_safetensors,
+    replacing,
+)
 from byol_pytorch.checkpoint.names import Found, find_backbone
 from byol_pytorch.checkpoint.pickles import is_plain_pickle, read_torch
 from byol_pytorch.checkpoint.weights import (
     fitting,
     misfits,
-    read_safetensors,
     timm_args,
     timm_config,
     without_classifier,
@@ -121,8 +126,8 @@ class LoadedBackbone:
     loaded: tuple[str, ...]  # of the network
     missing: tuple[str, ...]  # of the network, kept as they were: absent in the file, or misfits
     unexpected: tuple[str, ...]  # of the backbone in the file, not used
-    renamed: tuple[tuple[str, str], ...] = ()  # of the loaded, the file's name and the network's
-    source: str = ""  # whose layout and naming the file has
+    renamed: tuple[tuple[str, str], ...] = ()  # the file's name and the network's, if loaded
+    source: str = ""  # the project whose file and names it has been read as
     padding: Literal["same", "torch"] = "torch"  # how the network's strided layers pad now
     mean: tuple[float, ...] | None = None  # of images in [0, 1], one value a channel
     std: tuple[float, ...] | None = None

@@ -22,7 +22,7 @@ INNER_WRAPPERS = re.compile(
 
 
 @dataclass(frozen=True)
-class Layout:
+class TrainingState:
     """A training state: the prefix of the online backbone, and of a name beside it."""
 
     source: str
@@ -32,17 +32,17 @@ class Layout:
 
 # The first that fits counts. Sources are in tests/layouts. Of solo-learn note that its ResNet for
 # CIFAR pads the stem by 2, which no name tells.
-LAYOUTS = (
-    Layout("byol_pytorch", "net.", "projector."),
-    Layout("lucidrains byol-pytorch", "net.", "online_encoder."),
-    Layout("MMSelfSup or MMPretrain", "backbone.", "target_net."),
-    Layout("lightly", "backbone.", "projection_head."),
-    Layout("solo-learn", "backbone.", "momentum_backbone."),
-    Layout("solo-learn, older", "encoder.", "momentum_encoder."),
-    Layout("MoCo", "encoder_q.", "encoder_k."),
-    Layout("a network with a backbone", "backbone.", "backbone."),
-    Layout("a module with a model", "model.", "model."),
-    Layout("a module with an encoder", "encoder.", "encoder."),
+TRAINING_STATES = (
+    TrainingState("byol_pytorch", "net.", "projector."),
+    TrainingState("lucidrains byol-pytorch", "net.", "online_encoder."),
+    TrainingState("MMSelfSup or MMPretrain", "backbone.", "target_net."),
+    TrainingState("lightly", "backbone.", "projection_head."),
+    TrainingState("solo-learn", "backbone.", "momentum_backbone."),
+    TrainingState("solo-learn, older", "encoder.", "momentum_encoder."),
+    TrainingState("MoCo", "encoder_q.", "encoder_k."),
+    TrainingState("a network with a backbone", "backbone.", "backbone."),
+    TrainingState("a module with a model", "model.", "model."),
+    TrainingState("a module with an encoder", "encoder.", "encoder."),
 )
 
 # Pairs of names for the same weight; {} is the same text in both. The first that fits counts.
@@ -91,7 +91,7 @@ NAMINGS: dict[str, Pairs] = {
 
 @dataclass(frozen=True)
 class Found:
-    """A file's weights under a network's names, with the file's names of them."""
+    """A file's weights under a network's names, and the file's name of each (`origins`)."""
 
     source: str
     weights: dict[str, Tensor]
@@ -99,7 +99,7 @@ class Found:
 
 
 def find_backbone(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Found:
-    """The tensors of a file in the layout and naming in which most fit the network's `own`.
+    """The weights of a file, read in the way in which most of them fit the network's `own`.
 
     Raises ValueError for a state without weights, or with several networks' of unknown keys.
     """
@@ -112,7 +112,7 @@ def find_backbone(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Found:
     def fits(found: Found) -> int:
         return sum(n in own and fitting(own[n], w) for n, w in found.weights.items())
 
-    return max(candidates, key=fits)  # of equals the first
+    return max(candidates, key=fits)  # max keeps the first of ties
 
 
 def _network(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -139,16 +139,16 @@ def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _candidates(tensors: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where weights may be from, and the file's name of each name."""
+    """Each possible origin of the weights, and from each of its names to the name in the file."""
     as_is = {name: name for name in tensors}
     # n_averaged: the counter of torch.optim.swa_utils.AveragedModel, beside the network
     bare = _unwrapped({INNER_WRAPPERS.sub("", n): n for n in as_is if n != "n_averaged"})
     known = [
-        layout
-        for layout in LAYOUTS
-        if all(any(n.startswith(p) for n in bare) for p in (layout.prefix, layout.beside))
+        kind
+        for kind in TRAINING_STATES
+        if all(any(n.startswith(p) for n in bare) for p in (kind.prefix, kind.beside))
     ]
-    within = [(layout.source, _unwrapped(_below(layout.prefix, bare))) for layout in known[:1]]
+    within = [(kind.source, _unwrapped(_below(kind.prefix, bare))) for kind in known[:1]]
     for source, names in (*within, ("plain names", bare), ("plain names", as_is)):
         yield source, names
         for naming, pairs in NAMINGS.items():
