@@ -226,10 +226,10 @@ class BYOL(nn.Module):
             )
         with torch.autocast(tensors(images)[0].device.type, enabled=False):
             # byol_views take uint8 as it is; other callables are given floats in [0, 1].
-            one, two = (
+            one, two = [
                 augment(scaled(images) if as_view(augment) is None else images)
                 for augment in (self.augment_fn, self.augment_fn2)
-            )
+            ]
             return one, two
 
     def representation(self, images: Any, normalise: bool = True) -> Tensor:
