@@ -14,31 +14,21 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-import openmp  # noqa: F401, before torch
+from parts import openmp  # noqa: F401, before torch
 
 # isort: split
 
 import numpy as np
 import torch
-from evaluation_parts import (
-    DTYPES,
-    Cell,
-    Facts,
-    Transform,
-    check_common,
-    common_flags,
-    evaluation_transform,
-    fail,
-    image_loader,
-    open_backbone,
-    picture,
-    tell,
-    write_results,
-    write_whole,
-)
 from matplotlib.figure import Figure
+from parts.backbone import Facts, open_backbone
+from parts.decoding import CENTRE
+from parts.flags import DTYPES, check_common, common_flags
+from parts.labelled import Transform, evaluation_transform, image_loader
+from parts.processes import fail, tell
+from parts.sources import Source, open_data, picture
+from parts.tables import Cell, write_results, write_whole
 from PIL import ImageOps
-from pretrain_data import CENTRE, Source, open_data
 from torch import Tensor
 from torch.utils.data import Dataset
 

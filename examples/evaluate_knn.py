@@ -3,7 +3,7 @@
     python examples/evaluate_knn.py --data IMAGENET --model resnet50 --checkpoint FILE
     torchrun --nproc-per-node=8 examples/evaluate_knn.py --data IMAGENET --checkpoint FILE
 
-Nothing is trained. Labelled images as evaluation_data.py reads them; without a test set every fifth
+Nothing is trained. Labelled images as parts/labelled.py reads them; without a test set every fifth
 image of a class is tested on. The measure is byol_pytorch.evaluation.knn's.
 """
 
@@ -12,27 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import openmp  # noqa: F401, before torch
+from parts import openmp  # noqa: F401, before torch
 
 # isort: split
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from evaluation_data import open_images
-from evaluation_parts import (
-    DTYPES,
-    Labelled,
-    check_common,
-    common_flags,
-    evaluation_images,
-    fail,
-    image_loader,
-    open_backbone,
-    tell,
-    write_results,
-)
-from finetune_loop import join_processes, leave_processes, rank, world_size
+from parts.backbone import open_backbone
+from parts.flags import DTYPES, check_common, common_flags
+from parts.labelled import Labelled, evaluation_images, image_loader, open_images
+from parts.processes import fail, join_processes, leave_processes, rank, tell, world_size
+from parts.tables import write_results
 from torch import Tensor, nn
 
 from byol_pytorch.evaluation.features import extract_features, shard

@@ -13,45 +13,29 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import openmp  # noqa: F401, before torch
+from parts import openmp  # noqa: F401, before torch
 
 # isort: split
 
 import torch
-from evaluation_data import (
+from parts.backbone import Facts, open_backbone
+from parts.decoding import CENTRE
+from parts.flags import DTYPES, check_common, common_flags
+from parts.journal import Journal
+from parts.labelled import (
+    Labelled,
+    Transform,
     Watched,
+    as_tensor,
     balanced,
+    image_loader,
     open_images,
     test_loader,
     training_loader,
 )
-from evaluation_parts import (
-    DTYPES,
-    Cell,
-    Facts,
-    Labelled,
-    Transform,
-    as_tensor,
-    check_common,
-    common_flags,
-    fail,
-    image_loader,
-    open_backbone,
-    tell,
-    write_results,
-)
-from finetune_loop import (
-    identity,
-    join_processes,
-    keep,
-    leave_processes,
-    rank,
-    saved,
-    world_size,
-)
-from pretrain_data import CENTRE
-from pretrain_state import the_only_run
-from pretrain_watch import Journal
+from parts.processes import fail, join_processes, leave_processes, rank, tell, world_size
+from parts.resume import identity, keep, saved, the_only_run
+from parts.tables import Cell, write_results
 from torch import Tensor, nn
 from torchvision.transforms import v2
 

@@ -14,31 +14,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import openmp  # noqa: F401, before torch
+from parts import openmp  # noqa: F401, before torch
 
 # isort: split
 
 import numpy as np
 import torch
-from evaluation_data import open_images
-from evaluation_parts import (
-    DTYPES,
-    Cell,
-    Facts,
+from parts.backbone import Facts, open_backbone
+from parts.decoding import CENTRE
+from parts.flags import DTYPES, check_common, common_flags
+from parts.labelled import (
     Labelled,
     Transform,
     as_tensor,
-    check_common,
-    common_flags,
     evaluation_transform,
-    fail,
     image_loader,
-    open_backbone,
-    tell,
-    write_results,
+    open_images,
 )
+from parts.processes import fail, tell
+from parts.tables import Cell, write_results
 from PIL import Image
-from pretrain_data import CENTRE
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2

@@ -15,48 +15,31 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import openmp  # noqa: F401, before torch
+from parts import openmp  # noqa: F401, before torch
 
 # isort: split
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from evaluation_data import (
+from parts.backbone import Facts, open_backbone
+from parts.batches import seed_of
+from parts.finetuning import autocast
+from parts.flags import add_flags, check_common, common_flags, flag
+from parts.journal import Journal
+from parts.labelled import (
+    Labelled,
     balanced,
+    evaluation_images,
     listed,
     open_images,
     test_loader,
     training_loader,
-)
-from evaluation_parts import (
-    Cell,
-    Facts,
-    Labelled,
-    check_common,
-    common_flags,
-    evaluation_images,
-    fail,
-    open_backbone,
-    tell,
     training_transform,
-    write_results,
 )
-from finetune_loop import (
-    add_flags,
-    autocast,
-    identity,
-    join_processes,
-    keep,
-    leave_processes,
-    parallel,
-    rank,
-    saved,
-    world_size,
-)
-from pretrain_data import flag
-from pretrain_state import seed_of, the_only_run
-from pretrain_watch import Journal
+from parts.processes import fail, join_processes, leave_processes, parallel, rank, tell, world_size
+from parts.resume import identity, keep, saved, the_only_run
+from parts.tables import Cell, write_results
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 

@@ -5,7 +5,7 @@
     torchrun --nproc-per-node=8 examples/finetune_detection.py --protocol coco-mask-fpn --data COCO
 
 torchvision's Faster and Mask R-CNN around a torchvision or timm ResNet, on one's own boxes too;
-the layouts are detection_data.open_detection's, the loop is finetune_loop.py's. Nothing is frozen,
+the layouts are boxes.open_detection's, the loop is parts/finetuning.py's. Nothing is frozen,
 and every batch norm is synchronised over the GPUs. Beyond torchvision this follows MMDetection in
 what it samples and how it initialises and pools; torchvision's box losses are smooth at errors
 below 1/9, where the originals' are L1, and batches are not grouped by aspect ratio.
@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import openmp  # noqa: F401, before torch
+from parts import openmp  # noqa: F401, before torch
 
 # isort: split
 
 import torch
 import torch.distributed as dist
-from detection_data import (
+from parts.backbone import Facts, open_backbone
+from parts.boxes import (
     Annotated,
     PlainImages,
     Result,
@@ -34,19 +35,10 @@ from detection_data import (
     open_detection,
     voc_ap,
 )
-from evaluation_parts import Cell, Facts, fail, open_backbone, tell, write_results
-from finetune_loop import (
-    Figures,
-    autocast,
-    evaluation_loader,
-    fine_tune,
-    leave_processes,
-    parse,
-    protocol_parser,
-    rank,
-    world_size,
-)
-from pretrain_data import flag
+from parts.finetuning import Figures, autocast, evaluation_loader, fine_tune
+from parts.flags import flag, parse, protocol_parser
+from parts.processes import fail, leave_processes, rank, tell, world_size
+from parts.tables import Cell, write_results
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN

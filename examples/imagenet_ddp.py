@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=8 examples/imagenet_ddp.py --data imagenet --output runs/byol
 
 Everything that a run leaves is in --output; the same command started again goes on from there,
-wherever it was stopped. pretrain_data.py has the images, pretrain_watch.py the log and the alarms.
+wherever it was stopped. parts/sources.py has the images, parts/watch.py the figures and the alarms.
 """
 
 import argparse
@@ -19,42 +19,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import openmp  # noqa: F401, before torch
+from parts import openmp  # noqa: F401, before torch
 
 # isort: split
 
 import timm
 import torch
 import torch.distributed as dist
-from backbone import shrink_stem, timm_model
-from pretrain_data import (
-    Bad,
-    Crop,
-    Files,
-    Source,
-    TrainingImages,
-    fail,
-    flag,
-    hold_out,
-    make_loader,
-    on_device,
-    open_data,
-    resident,
-)
-from pretrain_state import (
-    Order,
-    Progress,
-    Undo,
-    Verdicts,
-    asked_to_stop,
-    read_checkpoint,
-    restore,
-    save,
-    seed_of,
-    the_only_run,
-    what_changed,
-)
-from pretrain_watch import Journal, Watch, describe
+from parts.backbone import shrink_stem, timm_model
+from parts.batches import Bad, Order, TrainingImages, make_loader, on_device, resident, seed_of
+from parts.decoding import Crop
+from parts.flags import flag
+from parts.journal import Journal
+from parts.processes import asked_to_stop, fail
+from parts.resume import Progress, read_checkpoint, restore, save, the_only_run, what_changed
+from parts.sources import Files, Source, hold_out, open_data
+from parts.undo import Undo, Verdicts
+from parts.watch import Watch, describe
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

@@ -14,26 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import openmp  # noqa: F401, before torch
+from parts import openmp  # noqa: F401, before torch
 
 # isort: split
 
 import finetune_classification
 import torch
-from evaluation_data import balanced, open_images
-from evaluation_parts import (
-    DTYPES,
-    Cell,
-    check_common,
-    common_flags,
-    evaluation_images,
-    fail,
-    image_loader,
-    open_backbone,
-    tell,
-    write_results,
-)
 from matplotlib.figure import Figure
+from parts.backbone import open_backbone
+from parts.flags import DTYPES, check_common, common_flags
+from parts.labelled import balanced, evaluation_images, image_loader, open_images
+from parts.processes import fail, tell
+from parts.tables import Cell, write_results
 from torch import Tensor
 
 from byol_pytorch.checkpoint import replacing

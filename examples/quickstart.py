@@ -1,7 +1,7 @@
 """Train BYOL on real photographs in about two minutes and see that the features got better.
 
-Here: the recipe, the training loop and the figures. quickstart_data.py has the images,
-quickstart_report.py the table, the picture and the files that a run leaves.
+Here: the recipe, the training loop and the figures. parts/photographs.py has the images,
+parts/report.py the table, the picture and the files that a run leaves.
 """
 
 import argparse
@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import openmp  # noqa: F401, before torch
+from parts import openmp  # noqa: F401, before torch
 
 # isort: split
 
-import quickstart_report as report
 import timm
 import torch
 import torch.nn.functional as F
-from quickstart_data import Pictures, fail, find_images, photograph_windows, read_images
+from parts import report
+from parts.photographs import Pictures, fail, find_images, photograph_windows, read_images
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm

@@ -29,6 +29,18 @@ READING = {"cpu", "tolist", "item", "numpy", "__bool__", "__int__", "__float__",
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
 
+def why_not() -> str:
+    """Why fake CUDA tensors are of no use here; empty where they are."""
+    if not torch.backends.cuda.is_built():
+        return "torch was built without CUDA"
+    try:
+        with FakeTensorMode():
+            torch.empty(2, 2, device="cuda")[:, 0]
+    except RuntimeError:  # of torch 2.9, whose indexing asks the driver for the device
+        return f"torch {torch.__version__} does not index fake CUDA tensors without a driver"
+    return ""
+
+
 @contextlib.contextmanager
 def fake_cuda() -> Iterator[list[str]]:
     """What would wait for a GPU, as it is done: made with device="cuda", tensors are fake ones."""

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# For runs with more of them, as examples/openmp.py does.
+# For runs with more of them, as examples/parts/openmp.py does.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

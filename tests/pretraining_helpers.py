@@ -25,9 +25,7 @@ EXAMPLES = str(Path(__file__).parents[1] / "examples")
 sys.path.insert(0, EXAMPLES)
 
 import imagenet_ddp  # noqa: E402
-import pretrain_data  # noqa: E402
-import pretrain_state  # noqa: E402, F401
-import pretrain_watch  # noqa: E402, F401
+from parts import batches, decoding, journal, resume, sources, undo, watch  # noqa: E402, F401
 
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["imagenet_ddp"])
@@ -207,6 +205,6 @@ def write_npz(folder: Path, count: int = 24) -> Path:
 
 def plan_of(rank: int, world: int, *arguments: object) -> tuple[Any, Any, Any, Any]:
     recipe, args = imagenet_ddp.parse_arguments([*map(str, arguments)])
-    source, _ = pretrain_data.open_data(args.data)
+    source, _ = sources.open_data(args.data)
     device = torch.device("cpu")
     return recipe, imagenet_ddp.make_plan(recipe, args, source, device, rank, world), args, source

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from absent_gpu_helpers import fake_cuda, give_gradients, to_cuda
+from absent_gpu_helpers import fake_cuda, give_gradients, to_cuda, why_not
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -23,9 +23,7 @@ from byol_pytorch.evaluation.protocols import Protocol
 from byol_pytorch.heads import sync_batchnorm
 from byol_pytorch.optim import LARS, param_groups
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.cuda.is_built(), reason="torch was built without CUDA"
-)
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 SIZE = 32
 
 

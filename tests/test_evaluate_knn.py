@@ -17,8 +17,9 @@ from sklearn.neighbors import KNeighborsClassifier
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import evaluate_knn
-from evaluation_parts import evaluation_images, open_backbone
-from pretrain_data import open_data
+from parts.backbone import open_backbone
+from parts.labelled import evaluation_images
+from parts.sources import open_data
 
 TINY = (
     *("--model", "resnet10t", "--model-args", '{"channels": [8, 16, 32, 64]}', "--image-size", 32),

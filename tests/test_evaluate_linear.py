@@ -18,9 +18,8 @@ EXAMPLES = str(Path(__file__).parents[1] / "examples")
 sys.path.insert(0, EXAMPLES)
 
 import evaluate_linear  # noqa: E402
-import evaluation_data  # noqa: E402
-import finetune_loop  # noqa: E402
-from evaluation_parts import Facts  # noqa: E402
+from parts import labelled, resume  # noqa: E402
+from parts.backbone import Facts  # noqa: E402
 
 TINY = (
     *("--model", "resnet10t", "--model-args", '{"channels": [8, 8, 16, 16]}', "--image-size", 32),
@@ -122,9 +121,9 @@ def test_several_rates_are_all_shown_and_held_out_images_choose(data: Path, tmp_
 
 
 def test_held_out_images_are_not_trained_on_and_seen_as_in_tests(data: Path) -> None:
-    train, _ = evaluation_data.open_images(data)
+    train, _ = labelled.open_images(data)
     view, look = evaluate_linear.views("crop", Facts("", "", image_size=32), whole=False)
-    training = evaluation_data.Labelled(train[0], view, train[1])
+    training = labelled.Labelled(train[0], view, train[1])
     args = argparse.Namespace(held_out=0.34, seed=0)
     kept, left = evaluate_linear.apart(training, look, args)
     assert sorted([*kept.indices, *left.indices]) == train[1].tolist()
@@ -133,7 +132,7 @@ def test_held_out_images_are_not_trained_on_and_seen_as_in_tests(data: Path) -> 
 
 
 def test_an_epoch_shows_every_image_once_in_a_new_order() -> None:
-    sampler = evaluation_data.Epoch(images=20, size=8, seed=0)
+    sampler = labelled.Epoch(images=20, size=8, seed=0)
     epochs = []
     for sampler.epoch in range(2):
         batches = list(sampler)
@@ -150,13 +149,13 @@ def test_an_epoch_shows_every_image_once_in_a_new_order() -> None:
 def test_every_epoch_draws_every_image_anew(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, draw = [], evaluation_data.Drawn.__getitem__
+    seen, draw = [], labelled.Drawn.__getitem__
 
     def watched(self: Any, key: tuple[int, int]) -> Any:
         seen.append(key)
         return draw(self, key)
 
-    monkeypatch.setattr(evaluation_data.Drawn, "__getitem__", watched)
+    monkeypatch.setattr(labelled.Drawn, "__getitem__", watched)
     run(data, tmp_path, *TINY)
     assert sorted(seen) == [(epoch, number) for epoch in range(3) for number in range(18)]
 
@@ -170,14 +169,14 @@ def test_a_killed_run_goes_on_exactly(
 ) -> None:
     flags = (*TINY, "--protocol", "multi-head", "--base-lrs", 0.1, 1)
     whole = run(data, tmp_path / "whole", *flags)
-    save, count = finetune_loop.checkpoint.save, []
+    save, count = resume.checkpoint.save, []
 
     def saves_twice(*arguments: Any) -> None:
         if len(count) == 2:
             raise Killed
         count.append(save(*arguments))
 
-    monkeypatch.setattr(finetune_loop.checkpoint, "save", saves_twice)
+    monkeypatch.setattr(resume.checkpoint, "save", saves_twice)
     with pytest.raises(Killed):
         run(data, tmp_path / "cut", *flags)
     monkeypatch.undo()
@@ -262,9 +261,9 @@ def test_an_image_of_one_size_is_tested_on_as_a_whole() -> None:
 
 
 def test_a_crop_depends_on_epoch_and_image_alone(data: Path) -> None:
-    train, _ = evaluation_data.open_images(data)
+    train, _ = labelled.open_images(data)
     view, _ = evaluate_linear.views("colour", Facts("", "", image_size=32), whole=False)
-    drawn = evaluation_data.Drawn(evaluation_data.Labelled(train[0], view, train[1]), seed=1)
+    drawn = labelled.Drawn(labelled.Labelled(train[0], view, train[1]), seed=1)
     torch.manual_seed(0)
     first = drawn[2, 5][0]
     state = torch.random.get_rng_state()
@@ -335,7 +334,7 @@ def write_inaturalist_2021(folder: Path) -> None:
 )
 def test_data_sets_with_lists_are_read(write: Any, tmp_path: Path) -> None:
     write(tmp_path)
-    for source, numbers in evaluation_data.open_images(tmp_path):
+    for source, numbers in labelled.open_images(tmp_path):
         assert source.labels[numbers].tolist() == [0, 1]
         for number in numbers:
             image = Image.open(tmp_path / source.folder / source.name(number))
@@ -392,7 +391,7 @@ def test_a_list_that_cannot_be_learned_is_refused(
     write_places205(tmp_path)
     (tmp_path / f"trainvalsplit_places205/{part}_places205.csv").write_text(text)
     with pytest.raises(SystemExit, match=sentence):
-        evaluation_data.open_images(tmp_path)
+        labelled.open_images(tmp_path)
 
 
 def test_help_says_where_defaults_come_from(capsys: pytest.CaptureFixture[str]) -> None:

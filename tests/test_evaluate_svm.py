@@ -15,7 +15,7 @@ EXAMPLES = str(Path(__file__).parents[1] / "examples")
 sys.path.insert(0, EXAMPLES)
 
 import evaluate_svm  # noqa: E402
-from evaluation_parts import Facts  # noqa: E402
+from parts.backbone import Facts  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 

@@ -19,10 +19,9 @@ from torch import Tensor
 EXAMPLES = str(Path(__file__).parents[1] / "examples")
 sys.path.insert(0, EXAMPLES)
 
-import evaluation_data  # noqa: E402
 import finetune_classification as script  # noqa: E402
-import finetune_loop  # noqa: E402
-from evaluation_data import balanced, listed, open_images  # noqa: E402
+from parts import labelled, resume  # noqa: E402
+from parts.labelled import balanced, listed, open_images  # noqa: E402
 
 # Layer norm, so that only the sums see how a batch is split.
 TINY = (
@@ -224,13 +223,13 @@ def test_torchvisions_classifier_is_replaced(name: str) -> None:
 def test_every_epoch_draws_every_image_anew(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, draw = [], evaluation_data.Drawn.__getitem__
+    seen, draw = [], labelled.Drawn.__getitem__
 
     def watched(self: Any, key: tuple[int, int]) -> Any:
         seen.append(key)
         return draw(self, key)
 
-    monkeypatch.setattr(evaluation_data.Drawn, "__getitem__", watched)
+    monkeypatch.setattr(labelled.Drawn, "__getitem__", watched)
     run(data, tmp_path, *TINY)
     assert sorted(seen) == [(epoch, number) for epoch in range(3) for number in range(24)]
 
@@ -245,14 +244,14 @@ def test_a_killed_run_goes_on_exactly(
     flags = (*TINY, "--model", "resnet10t", "--base-lr", 0.1, "--model-args",
              '{"channels": [8, 8, 16, 16], "drop_rate": 0.5, "drop_path_rate": 0.5}')  # fmt: skip
     whole = run(data, tmp_path / "whole", *flags)
-    save, count = finetune_loop.checkpoint.save, []
+    save, count = resume.checkpoint.save, []
 
     def saves_once(*arguments: Any) -> None:
         if count:
             raise Killed
         count.append(save(*arguments))
 
-    monkeypatch.setattr(finetune_loop.checkpoint, "save", saves_once)
+    monkeypatch.setattr(resume.checkpoint, "save", saves_once)
     with pytest.raises(Killed):
         run(data, tmp_path / "cut", *flags)
     monkeypatch.undo()

@@ -17,9 +17,9 @@ sys.path.insert(0, str(EXAMPLES))
 
 pytest.importorskip("pycocotools")
 
-import detection_data  # noqa: E402
 import finetune_detection  # noqa: E402
-import finetune_loop  # noqa: E402
+from parts import boxes as detection  # noqa: E402
+from parts import finetuning  # noqa: E402
 from pycocotools import mask as run_lengths  # noqa: E402
 
 from byol_pytorch import checkpoint  # noqa: E402
@@ -105,7 +105,7 @@ def make_coco(
 
 
 def truth_of(annotations: list[dict[str, Any]], images: int = 4, categories: int = 2) -> Any:
-    return detection_data.indexed({
+    return detection.indexed({
         "images": [{"id": i, "width": 100, "height": 100} for i in range(images)],
         "annotations": [{"id": i, **a} for i, a in enumerate(annotations, 1)],
         "categories": [{"id": c, "name": str(c)} for c in range(1, categories + 1)],
@@ -126,7 +126,7 @@ def test_eleven_points_of_a_hand_made_case() -> None:
         box(0, [50, 50, 10, 10], score=0.8),  # wrong
         box(1, [0, 0, 10, 8], score=0.7),  # overlap 0.8, right: recall 1, precision 2/3
     ]
-    figures = detection_data.voc_ap(truth, results)
+    figures = detection.voc_ap(truth, results)
     assert figures["AP50"] == pytest.approx(100 * (6 * 1 + 5 * 2 / 3) / 11)
     assert figures["AP75"] == pytest.approx(figures["AP50"])
     # At 0.85, 0.9 and 0.95 the second box is missed: six of eleven recalls at precision 1.
@@ -137,14 +137,14 @@ def test_eleven_points_of_a_hand_made_case() -> None:
 def test_recalls_of_tenths_count_at_their_own_point() -> None:
     truth = truth_of([box(i, [0, 0, 10, 10]) for i in range(10)], images=10)
     results = [box(i, [0, 0, 10, 10], score=1 - i / 10) for i in range(3)]
-    assert detection_data.voc_ap(truth, results)["AP50"] == pytest.approx(100 * 4 / 11)
+    assert detection.voc_ap(truth, results)["AP50"] == pytest.approx(100 * 4 / 11)
 
 
 def test_a_difficult_box_is_neither_to_be_found_nor_wrong() -> None:
     truth = truth_of([box(0, [0, 0, 10, 10]), box(0, [50, 50, 10, 10], iscrowd=1)])
     results = [box(0, [50, 50, 10, 10], score=0.9), box(0, [0, 0, 10, 10], score=0.8)]
-    assert detection_data.voc_ap(truth, results)["AP50"] == pytest.approx(100)
-    assert detection_data.voc_ap(truth, results[:1])["AP50"] == 0
+    assert detection.voc_ap(truth, results)["AP50"] == pytest.approx(100)
+    assert detection.voc_ap(truth, results[:1])["AP50"] == 0
 
 
 def test_a_second_detection_of_a_box_is_wrong() -> None:
@@ -152,14 +152,14 @@ def test_a_second_detection_of_a_box_is_wrong() -> None:
     twice = [box(0, [0, 0, 10, 10], score=s) for s in (0.9, 0.8)]
     last = [box(1, [0, 0, 10, 10], score=0.7)]
     expected = 100 * (6 * 1 + 5 * 2 / 3) / 11
-    assert detection_data.voc_ap(truth, twice + last)["AP50"] == pytest.approx(expected)
+    assert detection.voc_ap(truth, twice + last)["AP50"] == pytest.approx(expected)
 
 
 def test_a_class_that_is_not_found_counts_and_one_without_boxes_does_not() -> None:
     truth = truth_of([box(0, [0, 0, 10, 10]), box(0, [0, 0, 10, 10], category=2)], categories=3)
     results = [box(0, [0, 0, 10, 10], score=0.9), box(0, [0, 0, 9, 9], category=3, score=0.9)]
-    assert detection_data.voc_ap(truth, results)["AP50"] == pytest.approx(50)
-    assert detection_data.voc_ap(truth, [])["AP50"] == 0
+    assert detection.voc_ap(truth, results)["AP50"] == pytest.approx(50)
+    assert detection.voc_ap(truth, [])["AP50"] == 0
 
 
 def vocevaldet(boxes: list[dict[str, Any]], found: list[dict[str, Any]], threshold: float) -> float:
@@ -207,7 +207,7 @@ def test_voc_ap_equals_the_devkits_algorithm(seed: int) -> None:
             for c in (1, 2)
         ]  # fmt: skip
         each.append(100 * np.mean(classes))
-    figures = detection_data.voc_ap(truth, found)
+    figures = detection.voc_ap(truth, found)
     assert figures["AP50"] == pytest.approx(each[0])
     assert figures["AP75"] == pytest.approx(each[5])
     assert figures["AP"] == pytest.approx(np.mean(each))
@@ -245,12 +245,12 @@ def test_coco_ap_of_one_box_counts_the_thresholds_below_its_overlap(
     """A box of 10 x 10 moved by 2: overlap 8 / 12 = 0.667, above 4 of the 10 thresholds."""
     truth = truth_of([box(0, [10, 10, 10, 10])], categories=1)
     results = [box(0, [10 + moved, 10, 10, 10], score=0.5)]
-    assert detection_data.coco_ap(truth, results, "bbox")["AP"] == pytest.approx(expected)
+    assert detection.coco_ap(truth, results, "bbox")["AP"] == pytest.approx(expected)
 
 
 def test_coco_ap_without_detections_is_zero() -> None:
     truth = truth_of([box(0, [10, 10, 10, 10])])
-    assert detection_data.coco_ap(truth, [], "bbox") == {"AP": 0, "AP50": 0, "AP75": 0}
+    assert detection.coco_ap(truth, [], "bbox") == {"AP": 0, "AP50": 0, "AP75": 0}
 
 
 def as_mask(bbox: list[float]) -> np.ndarray:
@@ -288,7 +288,7 @@ def test_coco_ap_equals_torchmetrics(kind: str, seed: int) -> None:
     expected = metric.compute()
     truth = truth_of(boxes)
     found = [{k: v for k, v in f.items() if k != "area"} for f in found]
-    figures = detection_data.coco_ap(truth, found, kind)
+    figures = detection.coco_ap(truth, found, kind)
     for ours, theirs in (("AP", "map"), ("AP50", "map_50"), ("AP75", "map_75")):
         assert figures[ours] == pytest.approx(100 * expected[theirs].item(), abs=1e-4)
     assert 5 < figures["AP"] < 95
@@ -300,7 +300,7 @@ def test_detections_become_results_with_the_files_own_categories() -> None:
     mask[1, 0, 0, 0] = 0.4
     output = {"boxes": torch.tensor([[10.0, 5, 20, 9], [1, 2, 4, 8]]), "masks": mask,
               "labels": torch.tensor([2, 1]), "scores": torch.tensor([0.5, 0.25])}  # fmt: skip
-    first, second = detection_data.as_results(output, 77, [3, 7])
+    first, second = detection.as_results(output, 77, [3, 7])
     assert (first["image_id"], first["category_id"], first["score"]) == (77, 7, 0.5)
     assert first["bbox"] == [10, 5, 10, 4]
     assert (second["category_id"], second["bbox"]) == (3, [1, 2, 3, 6])
@@ -313,7 +313,7 @@ def test_detections_become_results_with_the_files_own_categories() -> None:
 
 def test_one_voc_folder_with_classes_of_its_own(tmp_path: Path) -> None:
     make_voc(tmp_path, {"trainval": 3, "train": 2, "val": 1, "test": 2})
-    train, test = detection_data.open_detection(tmp_path, None, masks=False)
+    train, test = detection.open_detection(tmp_path, None, masks=False)
     assert (len(train.images), len(test.images)) == (3, 2)
     assert train.classes == test.classes == ["cat", "dog"]
     found = train.boxes(train.images[0])
@@ -325,16 +325,16 @@ def test_one_voc_folder_with_classes_of_its_own(tmp_path: Path) -> None:
 
 def test_a_voc_folder_without_a_test_list_is_tested_on_val(tmp_path: Path) -> None:
     make_voc(tmp_path, {"trainval": 3, "train": 2, "val": 1})
-    train, test = detection_data.open_detection(tmp_path, None, masks=False)
+    train, test = detection.open_detection(tmp_path, None, masks=False)
     assert (len(train.images), len(test.images)) == (2, 1)
 
 
 def test_voc07_and_12_train_on_both_trainvals_and_test_on_07(tmp_path: Path) -> None:
     make_voc(tmp_path / "VOCdevkit" / "VOC2007", {"trainval": 2, "test": 1})
     make_voc(tmp_path / "VOCdevkit" / "VOC2012", {"trainval": 3})
-    train, test = detection_data.open_detection(tmp_path, None, masks=False)
+    train, test = detection.open_detection(tmp_path, None, masks=False)
     assert (len(train.images), len(test.images)) == (5, 1)
-    assert train.classes == list(detection_data.VOC_CLASSES) and len(train.classes) == 20
+    assert train.classes == list(detection.VOC_CLASSES) and len(train.classes) == 20
     cat = train.boxes(train.images[0])[0]["category_id"]
     assert train.classes[cat - 1] == "cat"
     assert all(train.picture(image).shape == (3, 48, 64) for image in train.images)
@@ -344,7 +344,7 @@ def test_difficult_objects_are_not_trained_on(tmp_path: Path) -> None:
     make_voc(tmp_path, {"train": 1, "val": 1})
     things = [("cat", SQUARE, 0), ("dog", WIDE, 1)]
     (tmp_path / "Annotations" / "train0.xml").write_text(xml(things))
-    train, _ = detection_data.open_detection(tmp_path, None, masks=False)
+    train, _ = detection.open_detection(tmp_path, None, masks=False)
     assert [a["bbox"] for a in train.boxes(train.images[0])] == [[8, 8, 16, 16]]
 
 
@@ -359,15 +359,15 @@ def test_difficult_objects_are_not_trained_on(tmp_path: Path) -> None:
 )
 def test_cocos_layouts(tmp_path: Path, names: tuple[str, str, str]) -> None:
     make_coco(tmp_path, *names)
-    train, test = detection_data.open_detection(tmp_path, None, masks=True)
+    train, test = detection.open_detection(tmp_path, None, masks=True)
     assert (len(train.images), len(test.images)) == (3, 2)
     assert train.classes == ["cat", "dog"] and train.categories == [3, 7]
     assert train.picture(train.images[0]).shape == (3, 48, 64)
 
 
 def test_mirroring_takes_boxes_and_masks_along(tmp_path: Path) -> None:
-    train, _ = detection_data.open_detection(make_coco(tmp_path), None, masks=True)
-    images = detection_data.TrainingImages(train, masks=True, seed=0)
+    train, _ = detection.open_detection(make_coco(tmp_path), None, masks=True)
+    images = detection.TrainingImages(train, masks=True, seed=0)
     lefts = set()
     for epoch in range(12):
         picture, target = images[epoch, 1]
@@ -391,9 +391,9 @@ def test_images_without_boxes_are_not_trained_on_and_are_tested_on(tmp_path: Pat
     for part in ("train2017", "val2017"):
         (tmp_path / name.format(part)).write_text(json.dumps(content))
     draw(tmp_path / "val2017" / "2.png", 0)
-    train, test = detection_data.open_detection(tmp_path, None, masks=True)
-    assert len(detection_data.TrainingImages(train, masks=True, seed=0)) == 2
-    assert len(detection_data.PlainImages(test)) == 3
+    train, test = detection.open_detection(tmp_path, None, masks=True)
+    assert len(detection.TrainingImages(train, masks=True, seed=0)) == 2
+    assert len(detection.PlainImages(test)) == 3
 
 
 def no_boxes(folder: Path) -> None:
@@ -526,7 +526,7 @@ def test_c4_takes_stage_3_as_features_and_stage_4_with_an_extra_norm_as_box_head
 def test_sizes_are_drawn_in_training_and_fixed_in_testing(tmp_path: Path) -> None:
     make_voc(tmp_path / "data", {"train": 1, "val": 2})
     args = flags_for(tmp_path, "--train-sizes", "32", "96", "--image-size", "64")
-    train, test = detection_data.open_detection(tmp_path / "data", None, masks=False)
+    train, test = detection.open_detection(tmp_path / "data", None, masks=False)
     net, facts = finetune_detection.open_backbone(args)
     detector = finetune_detection.build_detector(net, facts, 2, args)
     sizes: set[int] = set()
@@ -535,7 +535,7 @@ def test_sizes_are_drawn_in_training_and_fixed_in_testing(tmp_path: Path) -> Non
         finetune_detection.evaluate(detector.eval(), test, args)
     assert sizes == {64}
     sizes.clear()
-    image, target = detection_data.TrainingImages(train, masks=False, seed=0)[0, 0]
+    image, target = detection.TrainingImages(train, masks=False, seed=0)[0, 0]
     detector.train()
     for _ in range(12):
         detector([image], [target])
@@ -623,14 +623,14 @@ def test_a_mask_run_reports_boxes_and_masks(tmp_path: Path) -> None:
 
 
 def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = finetune_loop.save
+    whole = finetuning.save
 
     def save_and_die(at: int, *more: Any) -> None:
         whole(at, *more)
         if at == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune_loop, "save", save_and_die)
+    monkeypatch.setattr(finetuning, "save", save_and_die)
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(
@@ -689,7 +689,7 @@ def test_two_processes_test_every_image_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     args = finetune_detection.parse_arguments(own)
-    _, test = detection_data.open_detection(data, None, masks=False)
+    _, test = detection.open_detection(data, None, masks=False)
     net, facts = finetune_detection.open_backbone(args)
     detector = finetune_detection.build_detector(net, facts, 2, args)
     detector.load_state_dict(checkpoint.load(tmp_path / "run" / "last.pt")["model"])

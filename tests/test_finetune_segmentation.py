@@ -19,11 +19,11 @@ from PIL import Image
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-pytest.importorskip("pycocotools")  # detection_data's, which has VOC's classes
+pytest.importorskip("pycocotools")  # which parts.boxes imports
 
-import finetune_loop  # noqa: E402
 import finetune_segmentation as script  # noqa: E402
-from evaluation_parts import Facts  # noqa: E402
+from parts import finetuning  # noqa: E402
+from parts.backbone import Facts  # noqa: E402
 
 from byol_pytorch import checkpoint  # noqa: E402
 
@@ -479,7 +479,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     data = make_folder(tmp_path / "data")
     own = ("--ignore-index", "11", "--save-every", "2", "--eval-every", "1")
     whole = run(data, tmp_path / "whole", *own)
-    save = finetune_loop.save
+    save = finetuning.save
 
     def save_and_die(step: int, *more: Any) -> None:
         save(step, *more)
@@ -487,7 +487,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_loop, "save", save_and_die)
+        patch.setattr(finetuning, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path / "parts", *own)
     parts = run(data, tmp_path / "parts", *own)
@@ -526,13 +526,13 @@ def test_the_order_is_one_permutation_an_epoch_whatever_the_processes(
     monkeypatch: pytest.MonkeyPatch, world: int
 ) -> None:
     args = argparse.Namespace(batch_size=4, iterations=7, seed=3)
-    monkeypatch.setattr(finetune_loop, "world_size", lambda: world)
+    monkeypatch.setattr(finetuning, "world_size", lambda: world)
     steps: list[list[tuple[int, int]]] = [[] for _ in range(7)]
     for rank in range(world):
-        monkeypatch.setattr(finetune_loop, "rank", lambda rank=rank: rank)
-        for step, batch in enumerate(finetune_loop.Order(7, args, 0)):
+        monkeypatch.setattr(finetuning, "rank", lambda rank=rank: rank)
+        for step, batch in enumerate(finetuning.Order(7, args, 0)):
             steps[step] += batch
-        assert list(finetune_loop.Order(7, args, 4)) == list(finetune_loop.Order(7, args, 0))[4:]
+        assert list(finetuning.Order(7, args, 4)) == list(finetuning.Order(7, args, 0))[4:]
     seen = [pair for step in steps for pair in step]
     assert len(seen) == 28
     for epoch in range(4):
@@ -540,9 +540,9 @@ def test_the_order_is_one_permutation_an_epoch_whatever_the_processes(
     orders = [tuple(image for e, image in seen if e == epoch) for epoch in range(4)]
     assert len(set(orders)) > 1
     if world == 2:
-        monkeypatch.setattr(finetune_loop, "world_size", lambda: 1)
-        monkeypatch.setattr(finetune_loop, "rank", lambda: 0)
-        assert steps == list(finetune_loop.Order(7, args, 0))
+        monkeypatch.setattr(finetuning, "world_size", lambda: 1)
+        monkeypatch.setattr(finetuning, "rank", lambda: 0)
+        assert steps == list(finetuning.Order(7, args, 0))
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """gpu_day.py from start to end on a CPU, at toy size: nothing may stumble when a GPU is at hand."""
 
+import importlib
 import io
 import json
 import subprocess
@@ -12,8 +13,9 @@ from PIL import Image
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "gpu_day.py"
 STEPS = [
-    "environment", "tests", "step, 224 px", "views, 224 px", "GradScaler", "CUDA graph",
-    "processes", "step, 224 px, compiled", "step, 96 px", "step, 32 px", "CIFAR-10 recipe",
+    "environment", "tests", "step, 224 px", "GradScaler", "views, 224 px", "CUDA graph",
+    "processes", "step, 224 px, compiled", "step, 96 px", "step, 32 px",
+    "views of kornia compiled, 224 px", "CIFAR-10 recipe",
 ]  # fmt: skip
 
 
@@ -50,6 +52,28 @@ def test_the_data_are_packed_where_git_does_not_see_them(cifar: Path, tmp_path: 
     done = gpu_day("--cifar", cifar, "--pack", seen)
     assert "is not ignored by git" in done.stderr
     assert not seen.exists()
+
+
+def test_three_calls_are_enough_where_every_step_takes_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    day = importlib.import_module("gpu_day")
+    file, clock = tmp_path / "day.jsonl", [0.0]
+
+    def finish(command: list[str], limit: float) -> tuple[float, str]:
+        clock[0] += limit
+        return limit, "too slow"
+
+    monkeypatch.setattr(day.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(day, "finish", finish)
+    monkeypatch.setattr("sys.argv", ["gpu_day.py", "--results", str(file)])
+    for _ in range(3):
+        start = clock[0]
+        day.main()
+        assert clock[0] - start <= 540
+    measured = {json.loads(line)["step"] for line in file.read_text().splitlines()}
+    assert measured >= set(STEPS) - {"CIFAR-10 recipe"}
 
 
 @pytest.mark.slow

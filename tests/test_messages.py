@@ -39,7 +39,7 @@ from torch.utils.data.distributed import DistributedSampler
 import byol_pytorch
 from byol_pytorch import BYOL, optim
 from byol_pytorch import evaluation as ev
-from byol_pytorch.augment import byol_views, per_image, stages
+from byol_pytorch.augment import byol_views, channel_statistics, per_image, stages
 from byol_pytorch.checkpoint import export_backbone, keep_last, load, load_backbone, save
 from byol_pytorch.evaluation import features, protocols, rows, svm
 from byol_pytorch.heads import BatchNorm, sync_batchnorm
@@ -257,6 +257,11 @@ CASES: list[Case] = [
     ("views: mean of others", built(mean=(0.1, 0.2))),
     ("per_image: no tensor", lambda f: per_image(list)(X)),
     ("per_image: sizes", lambda f: per_image(two_sizes)(X)),
+    ("channel_statistics: none", lambda f: channel_statistics([])),
+    ("channel_statistics: channels", lambda f: channel_statistics([X, X[:, :1]])),
+    ("channel_statistics: constant", lambda f: channel_statistics([X * 0])),
+    ("channel_statistics: type", lambda f: channel_statistics(["cat.jpg"])),
+    ("channel_statistics: dtype", lambda f: channel_statistics([X.int()])),
     # the package
     ("package: a name of 0.9.1", lambda f: byol_pytorch.BYOLTrainer),
     ("package: the module path of 0.9.1", lambda f: import_module("byol_pytorch.byol_pytorch")),

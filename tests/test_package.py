@@ -79,18 +79,29 @@ def imported(path: Path) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
+def with_their_parts(files: list[Path]) -> set[Path]:
+    """The programs, and the files of examples/parts that they import, whether directly or not."""
+    found: set[Path] = set()
+    while files:
+        file = files.pop()
+        found.add(file)
+        names = re.findall(r"^ *from parts(?:\.| import )(\w+)", file.read_text(), re.M)
+        files += {ROOT / "examples" / "parts" / f"{name}.py" for name in names} - found
+    return found
+
+
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("examples/quickstart*.py", ("quickstart", "eval")),
+        ("examples/quickstart.py", ("quickstart", "eval")),
         ("examples/ddp_minimal.py", ()),
         ("examples/*.py", ("examples", "quickstart", "eval")),
     ],
 )
 def test_extras_hold_what_their_programs_import(folder, extras):
-    files = sorted(ROOT.glob(folder))
-    modules = set().union(*map(imported, files)) - set(sys.stdlib_module_names) - {"byol_pytorch"}
-    modules -= {path.stem for path in (ROOT / "examples").glob("*.py")}
+    files = with_their_parts(sorted(ROOT.glob(folder)))
+    modules = set().union(*map(imported, files)) - set(sys.stdlib_module_names)
+    modules -= {"byol_pytorch", "parts", *(path.stem for path in (ROOT / "examples").glob("*.py"))}
     given = requirements(*extras) | {"pillow"}  # which torchvision needs
     owners = importlib.metadata.packages_distributions()
     missing = {m for m in modules if not given & {name.lower() for name in owners.get(m, ())}}

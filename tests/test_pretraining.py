@@ -16,14 +16,17 @@ from pretraining_helpers import (
     TINY,
     Job,
     assert_same,
+    batches,
+    decoding,
     imagenet_ddp,
+    journal,
     log,
     notes,
     plan_of,
-    pretrain_data,
-    pretrain_watch,
     run_here,
+    sources,
     state,
+    watch,
     write_folder,
     write_npz,
 )
@@ -63,7 +66,7 @@ def test_a_recipe_on_imagenet_is_the_published_one(
     recipe: str, lr: float, decay: float, steps: int, warmup: int
 ) -> None:
     labels = np.zeros(1_281_167, np.int64)
-    source = pretrain_data.Arrays(labels, np.zeros((1, 3, 8, 8), np.uint8))
+    source = sources.Arrays(labels, np.zeros((1, 3, 8, 8), np.uint8))
     chosen, args = imagenet_ddp.parse_arguments(["--data", ".", "--recipe", recipe])
     plan = imagenet_ddp.make_plan(chosen, args, source, torch.device("cpu"), 0, 1)
     assert plan.lr == pytest.approx(lr)
@@ -132,18 +135,18 @@ def test_the_views_take_other_strengths(
     flags = ("--view-args", json.dumps(strengths), "--steps", 1)
     run_here(tmp_path / "run", "--data", folder, *TINY, *flags)
     recipe, args = imagenet_ddp.parse_arguments(["--data", str(folder), *map(str, (*TINY, *flags))])
-    source, _ = pretrain_data.open_data(folder)
+    source, _ = sources.open_data(folder)
     plan = imagenet_ddp.make_plan(recipe, args, source, torch.device("cpu"), 0, 1)
     views = imagenet_ddp.Views(recipe, plan, args, source, ((0.5,) * 3, (0.5,) * 3))
     for draws in views.draw(0):
         turns = next(item.data for item in draws if item.name.startswith("RandomRotation90"))
         assert bool((turns["batch_prob"] > 0.5).all())
         assert not any(item.name.startswith("ColorJitter") for item in draws)
-    boxes, draw = [], pretrain_data.draw_box
+    boxes, draw = [], decoding.draw_box
     monkeypatch.setattr(
-        pretrain_data, "draw_box", lambda *a: boxes.append((*a[1:3], *draw(*a))) or boxes[-1][2:]
+        decoding, "draw_box", lambda *a: boxes.append((*a[1:3], *draw(*a))) or boxes[-1][2:]
     )
-    views.data[pretrain_data.Request(0, np.arange(9))]  # as the workers draw them
+    views.data[batches.Request(0, np.arange(9))]  # as the workers draw them
     assert len(boxes) == 18
     for height, width, _, _, *box in boxes:
         whole = min(height, width)
@@ -157,7 +160,7 @@ def test_images_kept_on_the_device_train_as_those_that_workers_read(
     with monkeypatch.context() as patch:
         patch.setattr(imagenet_ddp, "make_loader", None)
         run_here(kept, "--data", npz, *TINY)
-    monkeypatch.setattr(pretrain_data, "RESIDENT", 24 * 3 * 32 * 32 - 1)
+    monkeypatch.setattr(batches, "RESIDENT", 24 * 3 * 32 * 32 - 1)
     run_here(read, "--data", npz, *TINY)
     assert_same(kept, read)
 
@@ -175,8 +178,8 @@ def test_a_run_in_slices_of_time_equals_a_whole_one(npz: Path, tmp_path: Path) -
 def test_held_out_images_are_tested_on_and_never_trained_on(
     npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, _ = pretrain_data.open_data(npz)
-    kept, left = pretrain_data.hold_out(source, 8)
+    source, _ = sources.open_data(npz)
+    kept, left = sources.hold_out(source, 8)
     names = [{part.name(i) for i in range(len(part))} for part in (kept, left)]
     assert (len(names[0]), len(names[1])) == (16, 8)
     assert names[0] | names[1] == {source.name(i) for i in range(24)}
@@ -186,7 +189,7 @@ def test_held_out_images_are_tested_on_and_never_trained_on(
 
     asked = []
 
-    class Recorded(pretrain_watch.Neighbours):
+    class Recorded(watch.Neighbours):
         def accuracy(self, *arguments: Any) -> float:
             (source, numbers), (test, queries) = self.bank, self.queries
             asked.extend([{source.name(i) for i in numbers}, {test.name(i) for i in queries}])
@@ -195,7 +198,7 @@ def test_held_out_images_are_tested_on_and_never_trained_on(
     def trained_on(data: Any, device: torch.device) -> None:
         asked.append({data.source.name(i) for i in range(len(data.source))})
 
-    monkeypatch.setattr(pretrain_watch, "Neighbours", Recorded)
+    monkeypatch.setattr(watch, "Neighbours", Recorded)
     monkeypatch.setattr(imagenet_ddp, "resident", trained_on)
     flags = ("--held-out", 8, "--knn-every", 1, "--knn-neighbours", 3, "--steps", 2)
     run_here(tmp_path, "--data", npz, *TINY, *flags)
@@ -231,8 +234,8 @@ def test_fast_mode_trains_and_its_share_of_enlarged_views_is_higher(
     folder: Path, tmp_path: Path
 ) -> None:
     run_here(tmp_path, "--data", folder, *TINY, "--decode-size", 36, "--steps", 2)
-    source, _ = pretrain_data.open_data(folder)
-    faithful, fast = (pretrain_data.upsampled_share(source, 32, size) for size in (None, 36))
+    source, _ = sources.open_data(folder)
+    faithful, fast = (watch.upsampled_share(source, 32, size) for size in (None, 36))
     assert 0.2 < faithful < fast < 1
 
 
@@ -298,7 +301,7 @@ def test_a_compiled_run_equals_an_eager_one_and_compiles_once(
 ) -> None:
     # Crops from files: torch's own uint8 crop, which only eager views use, rounds in between.
     folder = write_folder(tmp_path / "images")
-    command = ("--data", folder, *NORM_FREE, "--accumulate", 2, "--steps", 6)
+    command = ("--data", folder, *NORM_FREE, "--accumulate", 2, "--steps", 6, "--lr", 0.001)
     command += ("--health-every", 1, "--knn-every", 1)
     run_here(tmp_path / "eager", *command)
     torch._dynamo.reset()
@@ -517,9 +520,9 @@ def test_tensorboard_gets_the_curves_and_the_picture(npz: Path, tmp_path: Path) 
 
 
 def test_collapse_is_told_with_its_likely_cause() -> None:
-    assert pretrain_watch.has_collapsed(0.01, 0.1, 64)
-    assert not pretrain_watch.has_collapsed(0.1, 0.12, 64)
-    assert not pretrain_watch.has_collapsed(0.01, 0.012, 64)  # it was never better
+    assert watch.has_collapsed(0.01, 0.1, 64)
+    assert not watch.has_collapsed(0.1, 0.12, 64)
+    assert not watch.has_collapsed(0.01, 0.012, 64)  # it was never better
     well = {"bn_batch": 256, "decay": 0.99, "lr_ratio": 1.0, "weight_decay": 1e-6, "skipped": 0}
     for change, hint in (
         ({"lr_ratio": 9.0}, "9.0 times the recipe's: lower --lr"),
@@ -529,7 +532,7 @@ def test_collapse_is_told_with_its_likely_cause() -> None:
         ({"skipped": 3}, "3 steps had non-finite"),
         ({}, "--warmup-epochs"),
     ):
-        assert hint in pretrain_watch.likely_cause(**{**well, **change})
+        assert hint in watch.likely_cause(**{**well, **change})
 
 
 def test_a_fallen_feature_std_is_noted_in_the_log(
@@ -564,17 +567,17 @@ def test_projections_that_are_not_finite_are_noted_and_do_not_end_the_run(
 def test_a_log_that_cannot_be_written_costs_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    journal = pretrain_watch.Journal(tmp_path / "missing", True, 0, 10, 8)
-    journal.figures(1, {"loss": 1.0})
-    journal.note(2, "something")
-    journal.close()
+    lost = journal.Journal(tmp_path / "missing", True, 0, 10, 8)
+    lost.figures(1, {"loss": 1.0})
+    lost.note(2, "something")
+    lost.close()
     assert capsys.readouterr().err.count("the log cannot be written") == 1
 
 
 def test_a_killed_run_leaves_no_lines_beyond_its_checkpoint(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step}) for step in (0, 1, 2, 3)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    pretrain_watch.Journal(tmp_path, True, 2, 10, 8).close()
+    journal.Journal(tmp_path, True, 2, 10, 8).close()
     assert [line["step"] for line in log(tmp_path)] == [0, 1, 2]
 
 

@@ -16,12 +16,13 @@ from pretraining_helpers import (
     TINY,
     Job,
     assert_same,
+    batches,
+    decoding,
     encoded,
     log,
     notes,
-    pretrain_data,
-    pretrain_state,
     run_here,
+    sources,
     write_folder,
     write_npz,
 )
@@ -43,18 +44,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_class_folders_splits_and_flat_folders_are_told_apart(tmp_path: Path) -> None:
     write_folder(tmp_path / "split" / "train", 6, classes=3)
     write_folder(tmp_path / "split" / "val", 4)
-    train, test = pretrain_data.open_data(tmp_path / "split")
+    train, test = sources.open_data(tmp_path / "split")
     assert sorted(train.labels) == [0, 0, 1, 1, 2, 2]
     assert test is not None and sorted(test.labels) == [0, 0, 1, 1]
-    flat, nothing = pretrain_data.open_data(tmp_path / "split" / "train" / "class0")
+    flat, nothing = sources.open_data(tmp_path / "split" / "train" / "class0")
     assert nothing is None and list(flat.labels) == [-1, -1]
-    assert pretrain_data.open_data(tmp_path / "split" / "train")[1] is None
+    assert sources.open_data(tmp_path / "split" / "train")[1] is None
 
 
 def test_imagenette_is_found_in_the_folder_that_torchvision_unpacks(tmp_path: Path) -> None:
     write_folder(tmp_path / "imagenette2-160" / "train", 6)
     write_folder(tmp_path / "imagenette2-160" / "val", 4)
-    train, test = pretrain_data.open_data(tmp_path)
+    train, test = sources.open_data(tmp_path)
     assert (len(train), len(test or ())) == (6, 4)
 
 
@@ -71,7 +72,7 @@ def pickled(file: Path, content: dict[str, Any]) -> Path:
 
 def write_cifar(place: Path, kind: str, patch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:
     """The rows and the labels of 10 training images; 4 more are there to test on."""
-    rng, base = np.random.default_rng(0), getattr(pretrain_data.datasets, kind)
+    rng, base = np.random.default_rng(0), getattr(sources.datasets, kind)
     parts = ["train"] if kind == "CIFAR100" else [f"data_batch_{i}" for i in range(1, 6)]
     label = "fine_labels" if kind == "CIFAR100" else "labels"
     rows = rng.integers(0, 256, (14, 3072), np.uint8)
@@ -102,12 +103,12 @@ def test_cifar_is_read_as_torchvision_reads_it(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, labels = write_cifar(tmp_path / "data", kind, monkeypatch)
-    train, test = pretrain_data.open_data(tmp_path / "data")
+    train, test = sources.open_data(tmp_path / "data")
     assert train.size == (32, 32)
     assert train.labels.tolist() == labels.tolist()
     assert test is not None and len(test) == 4
     assert all(np.array_equal(train.read(i), rows[i].reshape(3, 32, 32)) for i in range(10))
-    views, bad = pretrain_data.TrainingImages(train, 32, 0)[pretrain_data.Request(0, np.arange(4))]
+    views, bad = batches.TrainingImages(train, 32, 0)[batches.Request(0, np.arange(4))]
     assert not bad and torch.equal(views[0][3], train.read(3))
     assert trains_two_steps(tmp_path / "data", tmp_path / "run")
 
@@ -116,7 +117,7 @@ def test_stl10_whose_files_are_damaged_is_refused(tmp_path: Path) -> None:
     (tmp_path / "stl10_binary").mkdir()
     (tmp_path / "stl10_binary" / "train_X.bin").write_bytes(b"")
     with pytest.raises(SystemExit, match="not found or corrupted"):
-        pretrain_data.open_data(tmp_path)
+        sources.open_data(tmp_path)
 
 
 def test_stl10_trains_on_its_unlabelled_images_too(
@@ -132,8 +133,8 @@ def test_stl10_trains_on_its_unlabelled_images_too(
     names = [["train_X", "train_y", "unlabeled_X"], ["test_X", "test_y"]]
     for attribute, of_it in zip(("train_list", "test_list"), names, strict=True):
         files = [binary / f"{name}.bin" for name in of_it]
-        monkeypatch.setattr(pretrain_data.datasets.STL10, attribute, checked(files))
-    train, test = pretrain_data.open_data(tmp_path / "data")
+        monkeypatch.setattr(sources.datasets.STL10, attribute, checked(files))
+    train, test = sources.open_data(tmp_path / "data")
     assert train.labels.tolist() == [0, 1, 2, 3, 4, 5] + [-1] * 7
     assert test is not None and test.labels.tolist() == [0, 1, 2]
     assert np.array_equal(train.read(1), pixels["train"][1])
@@ -149,11 +150,11 @@ def test_imagenette_has_torchvisions_images_and_labels(tmp_path: Path) -> None:
                 file = data / "imagenette2-160" / split / name / f"{name}_{i}.JPEG"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(encoded(rng, 40, 50))
-    for split, source in zip(("train", "val"), pretrain_data.open_data(data), strict=True):
-        theirs = pretrain_data.datasets.Imagenette(data, split, "160px")
+    for split, source in zip(("train", "val"), sources.open_data(data), strict=True):
+        theirs = sources.datasets.Imagenette(data, split, "160px")
         assert source is not None and len(source) == len(theirs)
         for i, (image, label) in enumerate(theirs):
-            shown = pretrain_data.pixels(pretrain_data.open_image(source.read(i)))
+            shown = decoding.pixels(decoding.open_image(source.read(i)))
             assert np.array_equal(shown.permute(1, 2, 0), np.asarray(image))
             assert source.labels[i] == label
     assert trains_two_steps(data, tmp_path / "run")
@@ -163,7 +164,7 @@ def test_imagenette_has_torchvisions_images_and_labels(tmp_path: Path) -> None:
 def test_images_to_test_on_are_not_trained_on(name: str, tmp_path: Path) -> None:
     write_folder(tmp_path / "train", 6)
     write_folder(tmp_path / name, 4)
-    train, test = pretrain_data.open_data(tmp_path)
+    train, test = sources.open_data(tmp_path)
     assert (len(train), len(test or ())) == (6, 4)
     assert sorted(train.labels) == [0, 0, 0, 1, 1, 1]
 
@@ -171,7 +172,7 @@ def test_images_to_test_on_are_not_trained_on(name: str, tmp_path: Path) -> None
 def test_a_class_that_is_called_train_is_a_class(tmp_path: Path) -> None:
     for name in ("bus", "train"):
         write_folder(tmp_path / name, 2, classes=1)
-    train, test = pretrain_data.open_data(tmp_path)
+    train, test = sources.open_data(tmp_path)
     assert test is None and sorted(train.labels) == [0, 0, 1, 1]
 
 
@@ -192,7 +193,7 @@ def test_hidden_files_and_folders_are_no_images(folder: Path, tmp_path: Path) ->
     shutil.copytree(folder, tmp_path / "data")
     (tmp_path / "data" / "class0" / "._0.jpg").write_bytes(b"\0\5\x16\7")
     write_folder(tmp_path / "data" / ".thumbnails", 3)
-    plain, hidden = (pretrain_data.open_data(place)[0] for place in (folder, tmp_path / "data"))
+    plain, hidden = (sources.open_data(place)[0] for place in (folder, tmp_path / "data"))
     assert hidden.fingerprint() == plain.fingerprint()
 
 
@@ -222,7 +223,7 @@ def test_webdatasets_own_shards_hold_the_same_samples(tmp_path: Path) -> None:
     shards = [str(file) for file in sorted(data.glob("*.tar"))]
     assert len(shards) == 3
     theirs = list(webdataset.WebDataset(shards, shardshuffle=False))
-    source, _ = pretrain_data.open_data(data)
+    source, _ = sources.open_data(data)
     assert len(source) == len(theirs) == 12
     for i, sample in enumerate(theirs):
         assert source.read(i) == next(sample[ending] for ending in kinds if ending in sample)
@@ -242,7 +243,7 @@ def test_a_sample_of_a_shard_is_its_first_image_and_hidden_members_are_none(
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    source, _ = pretrain_data.open_shards(tmp_path)
+    source, _ = sources.open_shards(tmp_path)
     assert [source.read(i) for i in range(len(source))] == [b"first", b"other"]
     assert source.labels.tolist() == [-1, 7]
 
@@ -258,22 +259,22 @@ def test_tar_shards_hold_the_same_images_and_keep_neighbours_together(tmp_path: 
                     member = tarfile.TarInfo(f"sample/{shard}_{i}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-    source, _ = pretrain_data.open_data(tmp_path)
+    source, _ = sources.open_data(tmp_path)
     assert [(source.read(i), source.labels[i]) for i in range(len(source))] == expected
-    order = pretrain_state.epoch_order(source, 0, 0)
+    order = batches.epoch_order(source, 0, 0)
     assert sorted(order) == list(range(12))
-    assert not np.array_equal(order, pretrain_state.epoch_order(source, 0, 1))
+    assert not np.array_equal(order, batches.epoch_order(source, 0, 1))
 
 
 # The order ----------------------------------------------------------------------------------------
 
 
 def test_the_order_is_a_permutation_an_epoch_that_all_layouts_share(folder: Path) -> None:
-    source, _ = pretrain_data.open_data(folder)
+    source, _ = sources.open_data(folder)
 
     def order(world: int, accumulate: int, start: int = 0) -> list[list[int]]:
         ranks = [
-            list(pretrain_state.Order(source, 1, 8, accumulate, rank, world, start, 6))
+            list(batches.Order(source, 1, 8, accumulate, rank, world, start, 6))
             for rank in range(world)
         ]
         steps = []
@@ -324,12 +325,12 @@ def test_too_many_unreadable_images_end_the_run_with_its_state_saved(
 
 def test_data_that_is_gone_ends_the_run(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "data")
-    source, _ = pretrain_data.open_data(data)
+    source, _ = sources.open_data(data)
     for file in data.rglob("*.jpg"):
         file.unlink()
-    images = pretrain_data.TrainingImages(source, 32, 0)
+    images = batches.TrainingImages(source, 32, 0)
     with pytest.raises(RuntimeError, match=r"100 images in a row .*\.jpg: FileNotFoundError"):
-        images[pretrain_data.Request(0, np.arange(2))]
+        images[batches.Request(0, np.arange(2))]
 
 
 # Crops --------------------------------------------------------------------------------------------
@@ -339,7 +340,7 @@ def test_crop_boxes_have_torchvisions_distribution() -> None:
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     image = torch.empty(3, 60, 200)
-    ours = np.array([pretrain_data.draw_box(rng, 60, 200) for _ in range(4000)])
+    ours = np.array([decoding.draw_box(rng, 60, 200) for _ in range(4000)])
     scale, ratio = [0.08, 1.0], [3 / 4, 4 / 3]
     theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(4000)])
     for column in range(4):
@@ -347,17 +348,17 @@ def test_crop_boxes_have_torchvisions_distribution() -> None:
         grid = np.arange(201)
         shares = [np.searchsorted(values, grid, side="right") / 4000 for values in both]
         assert np.abs(shares[0] - shares[1]).max() < 0.045  # Kolmogorov-Smirnov, p = 0.001
-    assert pretrain_data.draw_box(rng, 10, 1000)[2:] == (10, 13)  # nothing fits: the centre
+    assert decoding.draw_box(rng, 10, 1000)[2:] == (10, 13)  # nothing fits: the centre
 
 
 def test_the_two_crops_are_those_of_the_whole_image(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)
     boxes = [(3, 5, 70, 60), (0, 0, 20, 24)]
     draws = iter(boxes * 2)
-    monkeypatch.setattr(pretrain_data, "draw_box", lambda *_: next(draws))
+    monkeypatch.setattr(decoding, "draw_box", lambda *_: next(draws))
     data = encoded(rng, 90, 110, "PNG")
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
-    views = pretrain_data.two_crops(data, 32, rng)
+    views = decoding.two_crops(data, 32, rng)
     for view, box in zip(views, boxes, strict=True):
         expected = v2.functional.resized_crop(
             pixels, *box, [32, 32], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
@@ -380,8 +381,8 @@ def test_a_large_jpeg_is_decoded_smaller_only_where_both_crops_allow_it(
     ):
         asked.clear()
         draws = iter(boxes)
-        monkeypatch.setattr(pretrain_data, "draw_box", lambda *_, draws=draws: next(draws))
-        pretrain_data.two_crops(data, 32, rng)
+        monkeypatch.setattr(decoding, "draw_box", lambda *_, draws=draws: next(draws))
+        decoding.two_crops(data, 32, rng)
         assert asked == expected
 
 
@@ -390,8 +391,8 @@ def test_crops_of_a_reduced_jpeg_show_the_same(monkeypatch: pytest.MonkeyPatch) 
     data = encoded(rng, 400, 600)
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
     box = (37, 101, 311, 243)
-    monkeypatch.setattr(pretrain_data, "draw_box", lambda *_: box)
-    for view in pretrain_data.two_crops(data, 32, rng):
+    monkeypatch.setattr(decoding, "draw_box", lambda *_: box)
+    for view in decoding.two_crops(data, 32, rng):
         expected = v2.functional.resized_crop(
             pixels, *box, [32, 32], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
         )

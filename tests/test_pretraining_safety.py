@@ -31,7 +31,7 @@ from pretraining_helpers import (
     log,
     notes,
     plan_of,
-    pretrain_state,
+    resume,
     run_here,
     state,
     write_folder,
@@ -292,13 +292,13 @@ def poison(steps: Container[int], patch: Callable[..., None] = setattr) -> None:
 def poison_and_keep(steps: Container[int]) -> None:
     """The same, and every saved state stays, as `step.pt` beside the last one."""
     poison(steps)
-    real = pretrain_state.checkpoint.save
+    real = resume.checkpoint.save
 
     def save(saved: dict[str, Any], path: Path) -> None:
         real(saved, path)
         shutil.copy(path, path.with_name(f"{saved['progress']['step']}.pt"))
 
-    pretrain_state.checkpoint.save = save
+    resume.checkpoint.save = save
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "adamw", "sgd"])
@@ -308,9 +308,9 @@ def test_a_step_with_nan_is_skipped_counted_and_leaves_no_trace(
     command = ("--data", npz, *TINY, "--optimizer", optimizer, "--save-every", 1, "--lr", 0.01)
     poison((0, 3), monkeypatch.setattr)
     seen = {}
-    real = pretrain_state.checkpoint.save
+    real = resume.checkpoint.save
     monkeypatch.setattr(
-        pretrain_state.checkpoint,
+        resume.checkpoint,
         "save",
         lambda s, path: (
             seen.update({s["progress"]["step"]: torch.load(io.BytesIO(dump(s)))}) or real(s, path)

@@ -535,6 +535,8 @@ CAPTURES = {
 @pytest.mark.parametrize("capture", CAPTURES.values(), ids=CAPTURES.keys())
 @pytest.mark.parametrize("layer", ["auto", "pool", -1])
 def test_a_wrapped_network_is_captured_as_an_unwrapped_one(capture, layer):
+    if capture is CAPTURES["strict export"] and torch.__version__ < (2, 14):
+        pytest.skip("older torch's strict export takes a hooked network for two graphs")
     net = Small().eval()
     images = views()[0]
     expected = net(images)

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from parts.photographs import as_batch, photograph_windows
 from quickstart import RECIPE
-from quickstart_data import as_batch, photograph_windows
 from step_contestants import LightlyBYOL, lightly_views, peer_class
 
 from byol_pytorch import BYOL

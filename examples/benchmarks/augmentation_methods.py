@@ -34,6 +34,8 @@ def available(args: argparse.Namespace) -> dict[str, Builder]:
         "torchvision v2, per image": torchvision_per_image,
         "torchvision v2, ONE draw a batch": torchvision_transform,
     }
+    if args.compile_kornia:
+        builders["kornia nn.Sequential, compiled"] = kornia_compiled
     peers = {
         "torchtransform": ("torchtransform", torchtransform_view),
         "lightly BYOL transform, per image": ("lightly.transforms.byol_transform", lightly_view),
@@ -64,6 +66,12 @@ def kornia_container(size: int, index: int, kind: str, device: torch.device) -> 
 
 def kornia_sequential(size: int, index: int, kind: str, device: torch.device) -> Method:
     return from_float(nn.Sequential(*kornia_operations(size, index, device)), kind)
+
+
+def kornia_compiled(size: int, index: int, kind: str, device: torch.device) -> Method:
+    """In several graphs: what kornia reads back breaks them."""
+    view = torch.compile(nn.Sequential(*kornia_operations(size, index, device)))
+    return from_float(view, kind)
 
 
 def kornia_operations(size: int, index: int, device: torch.device) -> list[nn.Module]:

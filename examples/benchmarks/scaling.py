@@ -21,8 +21,11 @@ import torch
 from step_contestants import OURS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evaluation_parts import build, fail, markdown
-from pretrain_data import Request, TrainingImages, open_data
+from parts.backbone import build
+from parts.batches import Request, TrainingImages
+from parts.processes import fail
+from parts.sources import open_data
+from parts.tables import markdown
 
 from byol_pytorch import BYOL
 

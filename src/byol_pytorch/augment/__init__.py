@@ -4,6 +4,7 @@
 both import kornia, which this face leaves to the first call.
 """
 
+from byol_pytorch.augment.statistics import channel_statistics
 from byol_pytorch.augment.views import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -12,4 +13,11 @@ from byol_pytorch.augment.views import (
     per_image,
 )
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "PRESETS", "byol_views", "per_image"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "PRESETS",
+    "byol_views",
+    "channel_statistics",
+    "per_image",
+]

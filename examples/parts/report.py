@@ -15,11 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
-from quickstart_data import Pictures, fail
 from sklearn.manifold import TSNE
 from torch import Tensor
 
 from byol_pytorch.checkpoint import replacing
+from parts.photographs import Pictures, fail
 
 Features = tuple[Tensor, Tensor]  # (N, D) of the training and of the test images
 

@@ -1,30 +1,28 @@
-"""What evaluate_linear.py and finetune_classification.py read: data sets that come with lists,
-parts of the labels, and the order of images, which a stopped run goes on with.
-
-Sources are pretrain_data.py's, labelled images evaluation_parts.py's.
+"""Labelled images: data sets that come with lists, parts of the labels, how an evaluation sees an
+image, and the order in which a classifier is trained on them.
 """
 
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from evaluation_parts import Labelled, fail, image_loader, open_labelled
-from finetune_loop import rank, world_size
-from pretrain_data import Files, Source
-from pretrain_state import seed_of
-from pretrain_watch import Journal
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
 
 from byol_pytorch.evaluation.features import shard
-
-Part = tuple[Source, np.ndarray]  # a source and the numbers of its images
+from parts.backbone import Facts
+from parts.batches import seed_of
+from parts.decoding import CENTRE
+from parts.journal import Journal
+from parts.processes import fail, rank, tell, world_size
+from parts.sources import Files, Source, open_data, picture
 
 # Folders that hold lists of "path label": the two lists, and where their paths begin. The first as
 # places.csail.mit.edu packs it; then torchvision.datasets.Places365, small and large; then the
@@ -37,6 +35,8 @@ LISTS = (
     ("meta/train.txt", "meta/val.txt", ("train", "val")),
     ("meta/train.txt", "meta/val.txt", ("train_val2018", "train_val2018")),
 )  # fmt: skip
+HELD_OUT = 5  # of every so many images of a class one is tested on, where there is no test set
+Part = tuple[Source, np.ndarray]  # a source and the numbers of its images
 
 
 def open_images(folder: Path) -> tuple[Part, Part]:
@@ -94,7 +94,30 @@ def numbered(names: list[str], labels: list[int], root: Path) -> Part:
     return Files(np.array(labels, np.int64), root, encoded), np.arange(len(names))
 
 
-# A part of the labels ---------------------------------------------------------------------------
+def open_labelled(folder: Path) -> tuple[tuple[Source, np.ndarray], tuple[Source, np.ndarray]]:
+    """Training and test images: each a source and the numbers of its images.
+
+    What open_data reads, with labels. Without a test set every fifth image of a class is tested
+    on, and left out of training.
+    """
+    train, test = open_data(folder)
+    some = test is not None and (train.labels >= 0).any()  # as STL-10: training leaves others out
+    for source in [source for source in (None if some else train, test) if source]:
+        without = np.flatnonzero(source.labels < 0)
+        if len(without):
+            fail(f"--data {folder}: {len(without)} of {len(source)} images have no label, the "
+                 f"first is {source.name(int(without[0]))}. Expected one folder for each class, "
+                 "or a labelled data set.")  # fmt: skip
+    known = np.flatnonzero(train.labels >= 0)
+    if test is not None:
+        return (train, known), (test, np.arange(len(test)))
+    held_out = np.zeros(len(train), dtype=bool)
+    for label in np.unique(train.labels[known]):
+        held_out[np.flatnonzero(train.labels == label)[HELD_OUT - 1 :: HELD_OUT]] = True
+    tell(f"no test set in {folder}: every {HELD_OUT}th image of a class is tested on")
+    if not held_out.any():
+        fail(f"--data {folder} has no class of {HELD_OUT} images to test on. Give train/ and val/.")
+    return (train, np.flatnonzero(~held_out)), (train, np.flatnonzero(held_out))
 
 
 def balanced(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
@@ -131,7 +154,78 @@ def listed(part: Part, path: Path) -> np.ndarray:
     return np.array(sorted({places[word] for word in words}))
 
 
-# Batches ----------------------------------------------------------------------------------------
+Transform = Callable[[Any], Tensor]
+
+
+@dataclass
+class Labelled(Dataset[tuple[Tensor, int]]):
+    """Images as `transform` makes them of a PIL image, with their labels."""
+
+    source: Source
+    transform: Transform
+    indices: np.ndarray | None = None  # which images, all if None
+
+    def __post_init__(self) -> None:
+        if self.indices is None:
+            self.indices = np.arange(len(self.source))
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64."""
+        return self.source.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, int]:
+        index = int(self.indices[number])
+        try:
+            image = picture(self.source, index)
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"{self.source.name(index)} cannot be read: {error}") from error
+        return self.transform(image), int(self.source.labels[index])
+
+
+def evaluation_transform(facts: Facts, part: float = CENTRE) -> Transform:
+    """The central square over `part` of the short edge: at 224 px of a short edge of 256."""
+    return v2.Compose([
+        v2.Resize(round(facts.image_size / part), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.CenterCrop(facts.image_size),
+        *as_tensor(facts),
+    ])  # fmt: skip
+
+
+def training_transform(facts: Facts) -> Transform:
+    """Random resized crop and flip."""
+    crop = v2.RandomResizedCrop(facts.image_size, interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), *as_tensor(facts)])
+
+
+def as_tensor(facts: Facts) -> list[Transform]:
+    """A PIL image to (3, H, W) float32, normalised as the backbone expects."""
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    return [v2.ToImage(), to_float, v2.Normalize(facts.mean, facts.std)]
+
+
+def evaluation_images(part: tuple[Source, np.ndarray], facts: Facts) -> Labelled:
+    """For features: images of one size, such as CIFAR's, are seen whole."""
+    source, indices = part
+    whole = source.size is not None
+    return Labelled(source, evaluation_transform(facts, 1.0 if whole else CENTRE), indices)
+
+
+def image_loader(
+    dataset: Dataset[Any], args: argparse.Namespace, shuffle: bool = False, **options: Any
+) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        args.batch_size,
+        shuffle=shuffle,
+        num_workers=args.workers,
+        pin_memory=torch.device(args.device).type == "cuda",
+        persistent_workers=args.workers > 0,
+        **options,
+    )
 
 
 @dataclass

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluation_parts import fail
 from PIL import Image
 from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
@@ -23,6 +22,8 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
+
+from parts.processes import fail
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

@@ -1,145 +1,41 @@
-"""What the fine-tuning scripts share: torchrun's processes, flags of a published protocol, and a
-training loop under DDP and AMP that goes on exactly where it was stopped.
-
-The networks, their data and measures are the scripts' own.
+"""The training loop of detection and segmentation, under DDP and AMP: it goes on exactly where it
+was stopped. The networks, their data and measures are the programs' own.
 """
 
 import argparse
 import math
-import os
-import types
 from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from evaluation_parts import DTYPES, check_common, common_flags, fail
-from pretrain_data import leave_signals_to_the_trainer
-from pretrain_state import asked_to_stop, seed_of, the_only_run
-from pretrain_watch import Journal
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from byol_pytorch import checkpoint
 from byol_pytorch.heads import sync_batchnorm
-
-# Flags that may differ when a run goes on: where, how fast and how closely watched.
-FREE = ("data", "output", "json", "workers", "device", "eval_every", "save_every", "log_every")
+from parts.batches import seed_of
+from parts.flags import DTYPES
+from parts.journal import Journal
+from parts.processes import (
+    asked_to_stop,
+    fail,
+    leave_signals_to_the_trainer,
+    parallel,
+    rank,
+    world_size,
+)
+from parts.resume import identity, keep, saved, the_only_run
 
 Rate = Callable[[int], float]  # the learning rate of a step
 Figures = dict[str, float]
 
 
-# Flags ------------------------------------------------------------------------------------------
-
-
-def protocol_parser(description: str, protocols: dict[str, Any]) -> argparse.ArgumentParser:
-    """A parser with the common flags and one for every field of the protocols' dataclass."""
-    parser = argparse.ArgumentParser(
-        description=f"{description} The same command goes on where an earlier one was stopped.",
-        conflict_handler="resolve",  # a protocol's flag goes before a common one
-    )
-    common_flags(parser)
-    parser.set_defaults(workers=min(4, os.cpu_count() or 1))
-    add = parser.add_argument
-    add("--dtype", choices=DTYPES, default="fp32", help="of autocast; fp16 scales the loss")
-    add("--classes", type=lambda names: names.split(","), help="their names, with commas between")
-    add("--eval-every", type=int, default=2000, help="steps; the last one is always evaluated")
-    add("--save-every", type=int, default=500, help="steps")
-    add("--log-every", type=int, default=20, help="steps")
-    add("--protocol", choices=protocols, default=next(iter(protocols)),
-        help="what the flags below default to (default: %(default)s)")  # fmt: skip
-    group = parser.add_argument_group("protocol", "published defaults, with their sources")
-    add_flags(group, protocols)
-    return parser
-
-
-def add_flags(group: Any, protocols: dict[str, Any]) -> None:
-    """One for every field of the protocols' dataclass; None where it is not given."""
-    kind = type(next(iter(protocols.values())))
-    hints = get_type_hints(kind)
-    for f in fields(kind):
-        values = {name: getattr(protocol, f.name) for name, protocol in protocols.items()}
-        listed = ", ".join(f"{name} {shown(value)}" for name, value in values.items())
-        text = f"{f.metadata['help']} (default: {listed})".replace("%", "%%")
-        hint = hints[f.name]
-        how: dict[str, Any] = {"type": hint}
-        if hint is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(hint, types.GenericAlias):  # tuple[int, ...]
-            how = {"type": get_args(hint)[0], "nargs": "*" if () in values.values() else "+"}
-        group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **how)
-
-
-def shown(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-
-
-def parse(
-    parser: argparse.ArgumentParser, protocols: dict[str, Any], argv: list[str] | None
-) -> tuple[argparse.Namespace, set[str]]:
-    """The flags, those of the protocol filled in, and the names of the protocol's that were given.
-
-    Joins torchrun's processes; args.device is then this process' own.
-    """
-    args = parser.parse_args(argv)
-    protocol, given = protocols[args.protocol], set()
-    for f in fields(protocol):
-        value = getattr(args, f.name)
-        if value is None:
-            setattr(args, f.name, getattr(protocol, f.name))
-        else:
-            given.add(f.name)
-            setattr(args, f.name, tuple(value) if isinstance(value, list) else value)
-    for name in ("iterations", "eval_every", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}; expected at least 1.")
-    join_processes(args)
-    check_common(args)
-    if args.batch_size % world_size():
-        fail(f"--batch-size {args.batch_size} does not divide by {world_size()} processes.")
-    return args, given
-
-
-# Processes --------------------------------------------------------------------------------------
-
-
-def join_processes(args: argparse.Namespace) -> None:
-    """One process each device under torchrun, whose environment says which this is."""
-    local = os.environ.get("LOCAL_RANK")
-    if local is not None and torch.device(args.device).type == "cuda":
-        args.device = f"cuda:{local}"
-        torch.cuda.set_device(args.device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        backend = "nccl" if args.device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def leave_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def autocast(args: argparse.Namespace) -> AbstractContextManager[Any]:
     kind, dtype = torch.device(args.device).type, DTYPES[args.dtype]
     return torch.autocast(kind, dtype, enabled=dtype is not torch.float32)
-
-
-# Batches ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -184,9 +80,6 @@ def on_device(batch: Any, device: str) -> Any:
     if isinstance(batch, dict):
         return {name: on_device(value, device) for name, value in batch.items()}
     return [on_device(value, device) for value in batch]
-
-
-# The loop ---------------------------------------------------------------------------------------
 
 
 def fine_tune(
@@ -258,14 +151,6 @@ def fine_tune(
     return history
 
 
-def parallel(net: nn.Module, args: argparse.Namespace) -> nn.Module:
-    if world_size() == 1:
-        return net
-    ids = [torch.device(args.device).index] if args.device.startswith("cuda") else None
-    # Synchronised batch norms have the same statistics everywhere.
-    return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
-
-
 def mean_of(losses: list[dict[str, Tensor]]) -> Figures:
     """Over the steps and the ranks; ends the run where a loss is not finite."""
     names = list(losses[0])
@@ -298,15 +183,6 @@ def agreed(stop: bool, step: int, args: argparse.Namespace) -> bool:
     return bool(asked)
 
 
-# Going on ---------------------------------------------------------------------------------------
-
-
-def identity(images: int, args: argparse.Namespace) -> dict[str, str]:
-    """What a run that goes on must have in common with the one before."""
-    flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    return flags | {"training images": str(images)}
-
-
 def save(
     step: int, net: nn.Module, optimizer: Any, scaler: Any, history: list[Figures], images: int,
     args: argparse.Namespace,
@@ -333,33 +209,3 @@ def read(
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     return state["step"], state["history"]
-
-
-def keep(state: dict[str, Any], path: Path) -> None:
-    """Write the state of a run on rank 0, whole or not at all."""
-    if rank():
-        return
-    try:
-        checkpoint.save(state, path)
-    except OSError as error:
-        fail(f"{path} cannot be written: {error}.")
-
-
-def saved(path: Path, now: dict[str, str]) -> dict[str, Any] | None:
-    """The state to go on from, where there is one; a run that differs from this one is refused."""
-    if not path.exists():
-        return None
-    try:
-        state = checkpoint.load(path)
-        before = state["identity"]
-    except (ValueError, OSError, KeyError) as error:
-        fail(f"{path} is no state of this script: {error} Give another --output to start anew.")
-    changed = [
-        f"{name.replace('_', '-')} {before.get(name)} there and {now.get(name)} now"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        fail(f"{path} is of another run: {'; '.join(changed)}. Give the same flags, or another "
-             "--output.")  # fmt: skip
-    return state

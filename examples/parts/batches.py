@@ -1,0 +1,208 @@
+"""What imagenet_ddp.py's device gets of the images: in which order, as which tensors.
+
+Crop boxes, and what replaces an unreadable image, are functions of (seed, epoch, image) alone:
+there is no state here that a resumed run would need.
+"""
+
+import itertools
+import math
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from parts.decoding import CENTRE, PAPER_CROP, Crop, central_square, open_image, pixels, two_crops
+from parts.processes import leave_signals_to_the_trainer
+from parts.sources import Arrays, Source
+
+RESIDENT = 4 * 2**30  # bytes of decoded images that the device keeps, where all are of one size
+ATTEMPTS = 100  # unreadable images in a row after which the data must be gone
+SHARD_WINDOW = 2**16  # images of neighbouring shards that are shuffled together
+Bad = tuple[int, str]  # number of an image and why it could not be read
+
+
+class Request(NamedTuple):
+    """The images of one forward pass of one device."""
+
+    epoch: int
+    images: np.ndarray
+
+
+@dataclass
+class Order(Sampler[Request]):
+    """What this rank reads from step `start` on.
+
+    The global batch of a step is a function of the seed and the step; the ranks share it out in
+    equal consecutive parts, and each goes through its part in `accumulate` passes. Images beyond
+    the last whole batch of an epoch are left out of that epoch.
+    """
+
+    source: Source
+    seed: int
+    batch_size: int
+    accumulate: int
+    rank: int
+    world: int
+    start: int
+    stop: int
+
+    def __iter__(self) -> Iterator[Request]:
+        steps, current = len(self.source) // self.batch_size, -1
+        share = self.batch_size // self.world
+        for step in range(self.start, self.stop):
+            epoch, batch = divmod(step, steps)
+            if epoch != current:
+                current, order = epoch, epoch_order(self.source, self.seed, epoch)
+            first = batch * self.batch_size + self.rank * share
+            for images in order[first : first + share].reshape(self.accumulate, -1):
+                yield Request(epoch, images)
+
+
+def epoch_order(source: Source, seed: int, epoch: int) -> np.ndarray:
+    """A random order of all images; of shards a random order of them, mixed over a window."""
+    rng = np.random.default_rng((seed, epoch))
+    if source.shard is None:
+        return rng.permutation(len(source))
+    place = rng.permutation(source.shard.max() + 1)
+    order = np.argsort(place[source.shard], kind="stable")
+    for first in range(0, len(order), SHARD_WINDOW):
+        rng.shuffle(order[first : first + SHARD_WINDOW])
+    return order
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed of its own for these numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@dataclass
+class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
+    """A request's images as uint8 tensors, with those that could not be read.
+
+    Two tensors (B, 3, size, size), the crops of both views, drawn in the original's coordinates
+    from one decoding; one tensor (B, 3, H, W) where the crops are left to the device: images of
+    one size, and with `decode_size` the central square at that size.
+    """
+
+    source: Source
+    size: int
+    seed: int
+    decode_size: int | None = None
+    crop: Crop = PAPER_CROP  # of those drawn here
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Of the images whose crops are left to the device."""
+        square = (self.decode_size, self.decode_size) if self.decode_size else None
+        return square or self.source.size
+
+    def __getitem__(self, request: Request) -> tuple[list[Tensor], list[Bad]]:
+        bad: list[Bad] = []
+        images = [self.load(int(i), request.epoch, bad) for i in request.images]
+        return [torch.stack(views) for views in zip(*images, strict=True)], bad
+
+    def load(self, index: int, epoch: int, bad: list[Bad]) -> list[Tensor]:
+        rng = np.random.default_rng((self.seed, epoch, index))
+        for _ in range(ATTEMPTS):
+            try:
+                return self.decode(self.source.read(index), rng)
+            except Exception as error:  # PIL's readers raise of every kind on a broken file
+                bad.append((index, f"{type(error).__name__}: {error}"))
+                index = int(rng.integers(len(self.source)))
+        raise RuntimeError(
+            f"{ATTEMPTS} images in a row cannot be read, the last one {self.source.name(index)}: "
+            f"{bad[-1][1]}. Is the data still there?"
+        )
+
+    def decode(self, data: bytes | Tensor, rng: np.random.Generator) -> list[Tensor]:
+        if self.decode_size:
+            return [central_square(data, 1.0, self.decode_size)]
+        if self.source.size is None:
+            assert isinstance(data, bytes)
+            return two_crops(data, self.size, rng, self.crop)
+        image = data if isinstance(data, Tensor) else pixels(open_image(data))
+        if image.shape[1:] != self.source.size:
+            raise ValueError(f"the size is {tuple(image.shape[1:])}, not {self.source.size}")
+        return [image]
+
+
+@dataclass
+class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
+    """Numbers (B,) to images (B, 3, size, size) uint8 and whether each could be read (B,)."""
+
+    source: Source
+    size: int
+
+    def __getitem__(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+        images = torch.zeros(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
+        good = torch.ones(len(numbers), dtype=torch.bool)
+        part = CENTRE if self.source.size is None else 1.0
+        for i, number in enumerate(numbers):
+            try:
+                images[i] = central_square(self.source.read(int(number)), part, self.size)
+            except Exception:  # as in training, where it is counted
+                good[i] = False
+        return images, good
+
+
+def make_loader(
+    dataset: Dataset[Any], order: Any, workers: int, device: torch.device
+) -> DataLoader[Any]:
+    """One batch, as the data set makes it, for each element of `order`."""
+    return DataLoader(
+        dataset,
+        sampler=order,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        # Shares the source's memory, and has no server that a scheduler's signal would end.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_trainer,
+    )
+
+
+def on_device(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple[Any, list[Bad]]]:
+    """Batches on the device; on CUDA the next one is copied while the device computes."""
+    if device.type != "cuda":
+        yield from (([x.to(device) for x in images], bad) for images, bad in loader)
+        return
+    side, waiting = torch.cuda.Stream(device), None
+    for images, bad in itertools.chain(loader, [([], [])]):
+        with torch.cuda.stream(side):
+            copies = [x.to(device, non_blocking=True) for x in images]
+        arrived = side.record_event()
+        if waiting is not None:
+            ready, its_bad, event = waiting
+            torch.cuda.current_stream().wait_event(event)
+            for x in ready:
+                x.record_stream(torch.cuda.current_stream())
+            yield ready, its_bad
+        waiting = copies, bad, arrived
+
+
+def resident(data: TrainingImages, device: torch.device) -> Tensor | None:
+    """All images (N, 3, H, W) uint8 on the device; None where they differ in size, are to be made
+    smaller, are more than RESIDENT, or one cannot be read, which takes another's place each epoch.
+    """
+    size, count = data.source.size, len(data.source)
+    bad: list[Bad] = []
+    if size is None or data.decode_size or count * 3 * math.prod(size) > RESIDENT:
+        return None
+    if isinstance(data.source, Arrays):
+        return torch.from_numpy(np.ascontiguousarray(data.source.pixels)).to(device)
+    images = torch.empty(count, 3, *size, dtype=torch.uint8)
+
+    def fill(index: int) -> None:
+        (images[index],) = data.load(index, 0, bad)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(fill, range(count)))
+    return None if bad else images.to(device)

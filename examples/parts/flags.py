@@ -1,0 +1,120 @@
+"""The programs' flags: those that they share, and one for every field of a recipe or protocol."""
+
+import argparse
+import json
+import os
+import sys
+import types
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from parts.processes import fail, join_processes, world_size
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def flag(text: str, **default: Any) -> Any:
+    """A field of a recipe or protocol, and what --help says of it and its default's source."""
+    return field(metadata={"help": text}, **default)
+
+
+def common_flags(parser: argparse.ArgumentParser, batch_size: int = 256) -> None:
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="a folder; what it may hold is in the README")
+    add("--model", default="resnet50", help="a timm model, or torchvision/NAME")
+    add("--model-args", type=json.loads, default={}, help="JSON, for the model's constructor")
+    add("--small-stem", action="store_true", help="a ResNet's first layers for 32 px")
+    add("--checkpoint", help="a file for checkpoint.load_backbone, or timm; none: random weights")
+    add("--padding", choices=("same", "torch"), help="for DeepMind's weights, which need same")
+    add("--output", type=Path, default=Path("runs") / Path(sys.argv[0]).stem, help="a folder")
+    add("--json", type=Path, help="where the figures go (default: OUTPUT/results.json)")
+    add("--image-size", type=int, help="pixels (default: the checkpoint's or the model's)")
+    add("--batch-size", type=int, default=batch_size, help="images of one forward pass")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the backbone's forward pass")
+    add("--seed", type=int, default=0)
+
+
+def check_common(args: argparse.Namespace) -> None:
+    """End the script where the flags cannot work, and make the folder for its results."""
+    for name, least in (("batch_size", 1), ("workers", 0), ("image_size", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            fail(f"--{name.replace('_', '-')} {value}; expected at least {least}.")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    args.output.mkdir(parents=True, exist_ok=True)
+
+
+def protocol_parser(description: str, protocols: dict[str, Any]) -> argparse.ArgumentParser:
+    """A parser with the common flags and one for every field of the protocols' dataclass."""
+    parser = argparse.ArgumentParser(
+        description=f"{description} The same command goes on where an earlier one was stopped.",
+        conflict_handler="resolve",  # a protocol's flag goes before a common one
+    )
+    common_flags(parser)
+    parser.set_defaults(workers=min(4, os.cpu_count() or 1))
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, default="fp32", help="of autocast; fp16 scales the loss")
+    add("--classes", type=lambda names: names.split(","), help="their names, with commas between")
+    add("--eval-every", type=int, default=2000, help="steps; the last one is always evaluated")
+    add("--save-every", type=int, default=500, help="steps")
+    add("--log-every", type=int, default=20, help="steps")
+    add("--protocol", choices=protocols, default=next(iter(protocols)),
+        help="what the flags below default to (default: %(default)s)")  # fmt: skip
+    group = parser.add_argument_group("protocol", "published defaults, with their sources")
+    add_flags(group, protocols)
+    return parser
+
+
+def add_flags(group: Any, protocols: dict[str, Any]) -> None:
+    """One for every field of the protocols' dataclass; None where it is not given."""
+    kind = type(next(iter(protocols.values())))
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        values = {name: getattr(protocol, f.name) for name, protocol in protocols.items()}
+        listed = ", ".join(f"{name} {shown(value)}" for name, value in values.items())
+        text = f"{f.metadata['help']} (default: {listed})".replace("%", "%%")
+        hint = hints[f.name]
+        how: dict[str, Any] = {"type": hint}
+        if hint is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(hint, types.GenericAlias):  # tuple[int, ...]
+            how = {"type": get_args(hint)[0], "nargs": "*" if () in values.values() else "+"}
+        group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **how)
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def parse(
+    parser: argparse.ArgumentParser, protocols: dict[str, Any], argv: list[str] | None
+) -> tuple[argparse.Namespace, set[str]]:
+    """The flags, those of the protocol filled in, and the names of the protocol's that were given.
+
+    Joins torchrun's processes; args.device is then this process' own.
+    """
+    args = parser.parse_args(argv)
+    protocol, given = protocols[args.protocol], set()
+    for f in fields(protocol):
+        value = getattr(args, f.name)
+        if value is None:
+            setattr(args, f.name, getattr(protocol, f.name))
+        else:
+            given.add(f.name)
+            setattr(args, f.name, tuple(value) if isinstance(value, list) else value)
+    for name in ("iterations", "eval_every", "save_every", "log_every"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}; expected at least 1.")
+    join_processes(args)
+    check_common(args)
+    if args.batch_size % world_size():
+        fail(f"--batch-size {args.batch_size} does not divide by {world_size()} processes.")
+    return args, given
