@@ -1,6 +1,6 @@
 """What networks take: a tensor, or a tuple or mapping of some; how it is walked, and its layout.
 
-What is wrong with a network, its heads or the views' size is found where those live.
+The checks of a network, of its heads and of the views' size live with those.
 """
 
 import copy
@@ -58,7 +58,7 @@ def fresh(inputs: Any) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """What a layer gave, its tensors and what holds them copied: a later one may work in place."""
+    """A copy of what a layer gave, containers and tensors: a later layer may work in place."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, MutableMapping):
@@ -99,7 +99,7 @@ class Layout:
 
     @classmethod
     def of(cls, probe: Any, size: tuple[int, int] | None, given: bool) -> "Layout":
-        """Of the probe; `given` says that it is the user's example_input."""
+        """The layout of the probe; `given` says that it is the user's example_input."""
         one = isinstance(probe, Tensor)
         integers = given and any(not x.is_floating_point() for x in tensors(probe))
         return cls(tuple(probe.shape) if one else None, size, integers)

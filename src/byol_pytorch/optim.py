@@ -298,7 +298,7 @@ def _trust_ratios(
 def _norms(tensors: TensorList, dtype: torch.dtype) -> TensorList:
     if len(tensors) > 1:
         return torch._foreach_norm(tensors, 2, dtype=dtype)
-    # foreach takes a norm in one thread of a CPU. What it reads and the others write next then
-    # travels between the cores, at several times the norm's cost; rows stay where they are.
+    # On a CPU foreach takes a norm in one thread, and the threads that write the weights next fetch
+    # them from its core, which costs several times the norm. Norms of rows avoid that.
     rows = torch.linalg.vector_norm(tensors[0], dim=tuple(range(1, tensors[0].ndim)), dtype=dtype)
     return [torch.linalg.vector_norm(rows)]

@@ -32,7 +32,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def uniform(stage: Any, batch: int, count: int) -> Tensor:
-    """(B, count) numbers in [0, 1), one row for all where the stage says so."""
+    """(B, count) numbers in [0, 1); one row for all images where the stage has same_on_batch."""
     rows = 1 if stage.same_on_batch else batch
     drawn = torch.rand(rows, count, device=stage.device, dtype=torch.float32)
     return drawn.expand(batch, count)

@@ -4,7 +4,6 @@ import difflib
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +62,9 @@ def locate(
             place = replace(place, pool=copied, finish=place.pool)
         probe, reached = _evaluated(root, inputs, place)
         named = {name: p for name, p in root.named_parameters() if p.requires_grad}
-        beyond = _leaves(_nodes(*_all_tensors(trace.output))) - reached
+        outputs: list[Tensor] = []
+        map_tensors(outputs.append, trace.output)
+        beyond = _leaves(_nodes(*outputs)) - reached
     evaluated = {name for name, p in named.items() if id(p) in reached}
     heads = {name for name, p in named.items() if id(p) in beyond}
     trained, in_training = _trained(root, inputs, place, named.keys() - heads)
@@ -193,14 +194,6 @@ def _nodes(*outputs: Tensor) -> set[Any]:
 
 def _leaves(nodes: set[Any]) -> set[int]:
     return {id(node.variable) for node in nodes if type(node).__name__ == "AccumulateGrad"}
-
-
-def _all_tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (Mapping, tuple, list)):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _all_tensors(part)
 
 
 def _seed(root: nn.Module, seed: int) -> None:
