@@ -215,19 +215,19 @@ def both_views(
                 "view, or None. A pair of them, as byol_views gives, goes in as augment_fn=first, "
                 "augment_fn2=second."
             )
-    first, fallback = augment_fn, augment_fn
-    default = augment_fn is None and size is not None
+    ours = None
     if augment_fn is None and size is not None:
-        first, fallback = byol_views(size, mean=mean, std=std)
+        ours = byol_views(size, mean=mean, std=std)
     elif mean not in ("auto", None) or std not in ("auto", None):
         raise ValueError(
             "mean and std normalise after the default views, and augment_fn replaces those: "
             "normalise in augment_fn, and leave mean and std out."
         )
+    first, fallback = ours or (augment_fn, augment_fn)
     second = fallback if augment_fn2 is None else augment_fn2
     one, two = normalisation_of(first, channels), normalisation_of(second, channels)
     known = as_view(second) is not None
-    if one != two and as_view(first) is not None and (known or default):
+    if one != two and as_view(first) is not None and (known or ours):
         raise ValueError(
             f"The first view is normalised by {one}, the second by "
             f"{two if known else 'what augment_fn2 does'}; expected the same of both. Give "
