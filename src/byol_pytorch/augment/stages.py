@@ -540,11 +540,9 @@ class RandomSolarize(K.RandomSolarize):
 
     def generate_parameters(self, batch_shape: Sequence[int]) -> Params:
         draws = uniform(self, batch_shape[0], 2).unbind(dim=1)
-        names = ("thresholds", "additions")
-        ranges = {name: self.flags[name] for name in names}
-        drawn = {name: between(ranges[name], d) for name, d in zip(names, draws, strict=True)}
-        if ranges["additions"] == (0.0, 0.0):
-            del drawn["additions"]
+        drawn = {"thresholds": between(self.flags["thresholds"], draws[0])}
+        if self.flags["additions"] != (0.0, 0.0):
+            drawn["additions"] = between(self.flags["additions"], draws[1])
         return drawn
 
     def apply_transform(
