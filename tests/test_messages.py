@@ -39,7 +39,7 @@ from torch.utils.data.distributed import DistributedSampler
 import byol_pytorch
 from byol_pytorch import BYOL, optim
 from byol_pytorch import evaluation as ev
-from byol_pytorch.augment import byol_views, channel_statistics, per_image, stages
+from byol_pytorch.augment import byol_views, channel_statistics, local_views, per_image, stages
 from byol_pytorch.checkpoint import export_backbone, keep_last, load, load_backbone, save
 from byol_pytorch.evaluation import features, protocols, rows, svm
 from byol_pytorch.heads import BatchNorm, sync_batchnorm
@@ -257,6 +257,19 @@ CASES: list[Case] = [
     ("views: mean of others", built(mean=(0.1, 0.2))),
     ("per_image: no tensor", lambda f: per_image(list)(X)),
     ("per_image: sizes", lambda f: per_image(two_sizes)(X)),
+    ("local views: number", built(local_views=-1)),
+    ("local views: without a number", built(local_size=8)),
+    ("local views: no callable", built(local_views=1, local_augment_fn="crop")),
+    (
+        "local views: normalised otherwise",
+        lambda f: wrap(local_views=1, local_augment_fn=local_views(8, mean=None, std=None)),
+    ),
+    ("local views: one size alone", built(image_size=32, local_views=1, local_size=48)),
+    ("local views: none came", lambda f: wrap(local_views=1, local_size=8)(X, X)),
+    (
+        "local views: fewer images",
+        lambda f: wrap(local_views=1, local_size=8)(X, X, local_views=[X[:1, :, :8, :8]]),
+    ),
     ("channel_statistics: none", lambda f: channel_statistics([])),
     ("channel_statistics: channels", lambda f: channel_statistics([X, X[:, :1]])),
     ("channel_statistics: constant", lambda f: channel_statistics([X * 0])),

@@ -36,6 +36,18 @@ def check_flags(flags: Mapping[str, Any], sync_batchnorm: Any) -> None:
         )
 
 
+def check_local(count: Any, size: Any, augment_fn: Any) -> None:
+    """Raise ValueError unless local_views is a count or 0; its companions are only with a count."""
+    if not is_count(count) and (isinstance(count, bool) or count != 0):
+        raise ValueError(f"local_views={count!r}; expected an int of at least 0, for example 2.")
+    for name, value in (("local_size", size), ("local_augment_fn", augment_fn)):
+        if not count and value is not None:
+            raise ValueError(
+                f"{name} came with local_views=0; expected none. Give local_views= their number, "
+                "for example 2, or leave it out."
+            )
+
+
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number of Python or numpy, and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool)

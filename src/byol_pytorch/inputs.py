@@ -4,7 +4,7 @@ The checks of a network, of its heads and of the views' size live with those.
 """
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,30 +159,33 @@ class Layout:
                 f"{self.channels}: expected {self._expected()}. {hint}"
             )
 
-    def check_views(self, one: Any, two: Any, finite: bool) -> None:
-        """Raise where ready views are not two alike float tensors of the learner's size."""
-        for view in (one, two):
-            self.check(view, "The views", finite)
+    def check_views(self, views: Sequence[Any], finite: bool, what: str = "views") -> None:
+        """Raise where ready views are not alike float tensors of the learner's size."""
+        for view in views:
+            self.check(view, f"The {what}", finite)
             for x in tensors(view):
                 if x.dtype == torch.uint8 and not self.integers:
                     raise TypeError(
-                        "The views have dtype torch.uint8; ready views are float, as the network "
+                        f"The {what} have dtype torch.uint8; ready views are float, as the network "
                         "should see them. Scale them (view.float() / 255, then normalise), or call "
                         "learner(images) to have views made."
                     )
                 if self.size is not None and x.ndim == 4 and tuple(x.shape[2:]) != self.size:
                     raise ValueError(
-                        f"The views are {tuple(x.shape[2:])} pixels, this learner was built for "
-                        f"image_size={self.size}. Resize them, or build BYOL with their size."
+                        f"The {what} are {tuple(x.shape[2:])} pixels, this learner was built for "
+                        f"{'local' if 'local' in what else 'image'}_size={self.size}. Resize them, "
+                        "or build BYOL with their size."
                     )
-        check_alike(one, two)
+        check_alike(*views)
 
-    def check_made(self, one: Any, two: Any, images: Any) -> None:
-        """Raise where the views that two augmentations made of `images` do not fit the network.
+    def check_made(self, views: Sequence[Any], images: Any) -> None:
+        """Raise where the views that augmentations made of `images` do not fit the network.
 
-        Of views that are tuples or mappings only the structure and the dtypes are known.
+        The first two are augment_fn's and augment_fn2's, what follows local_augment_fn's. Of views
+        that are tuples or mappings only the structure and the dtypes are known.
         """
-        for view, name in ((one, "augment_fn"), (two, "augment_fn2")):
+        names = ("augment_fn", "augment_fn2", *["local_augment_fn"] * (len(views) - 2))
+        for view, name in zip(views, names, strict=True):
             if self.shape is not None:
                 self._check_made_tensor(view, name, tensors(images)[0].shape[0])
             elif isinstance(view, Tensor) or not tensors(view):
@@ -191,7 +194,8 @@ class Layout:
                     "example_input, a tuple or a mapping of tensors. Return a view built as its "
                     "argument is."
                 )
-        check_alike(one, two)
+        check_alike(*views[:2])
+        check_alike(*views[2:])
 
     def _check_made_tensor(self, view: Any, name: str, count: int) -> None:
         assert self.shape is not None
@@ -231,13 +235,35 @@ class Layout:
         return "(" + ", ".join(["B", *map(str, self.shape[1:])]) + "), as example_input"
 
 
-def check_alike(one: Any, two: Any) -> None:
-    """Raise ValueError unless both views have the same shapes."""
-    shapes = [[tuple(x.shape) for x in tensors(v)] for v in (one, two)]
-    if shapes[0] != shapes[1]:
+def check_alike(*views: Any) -> None:
+    """Raise ValueError unless all views have the same shapes."""
+    shapes = [[tuple(x.shape) for x in tensors(view)] for view in views]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(
+                f"The two views have different shapes, {shapes[0]} and {other}; expected the same. "
+                "Make both augmentations give one size."
+            )
+
+
+def check_local_count(views: Sequence[Any], count: int) -> None:
+    """Raise ValueError unless the ready views are two and `count` local ones."""
+    two = views[1] is not None
+    if len(views) != 2 + count or not two:
         raise ValueError(
-            f"The two views have different shapes, {shapes[0]} and {shapes[1]}; expected the same. "
-            "Make both augmentations give one size."
+            f"{len(views) - 2} local views came{'' if two else ' without a second ready view'}; "
+            f"this learner was built for local_views={count}. Call learner(images), or "
+            "learner(view_one, view_two, local_views=[...]) with as many."
+        )
+
+
+def check_same_batch(view: Any, local: Any) -> None:
+    """Raise ValueError unless both are of as many images."""
+    counts = [tensors(x)[0].shape[0] for x in (view, local)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"The local views are of {counts[1]} images, the two views of {counts[0]}; expected "
+            "views of the same images. Cut all from one batch."
         )
 
 

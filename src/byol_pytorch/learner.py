@@ -7,17 +7,27 @@ and loops are the user's.
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.arguments import check_flags, check_sizes
-from byol_pytorch.augment.views import as_view, both_views, normalisation_of, sides
+from byol_pytorch.arguments import check_flags, check_local, check_sizes
+from byol_pytorch.augment.views import (
+    GLOBAL_SCALE,
+    as_view,
+    both_views,
+    local_sides,
+    local_view,
+    normalisation_of,
+    sides,
+)
 from byol_pytorch.backbone import (
     Pool,
     Representation,
     check_gradient,
+    check_other_size,
     copy_for_target,
     drawing,
     evaluating,
@@ -28,6 +38,8 @@ from byol_pytorch.diagnostics import check_diagnosed, health
 from byol_pytorch.heads import check_batch, mlp, simplicial_embedding, simsiam_mlp
 from byol_pytorch.inputs import (
     Layout,
+    check_local_count,
+    check_same_batch,
     for_network,
     has_range,
     map_tensors,
@@ -83,6 +95,13 @@ class BYOL(nn.Module):
             function that drops in evaluation too, or draws from elsewhere, stays on).
         concatenate_views: pass both views through the networks as one batch, which shares their
             batch statistics; off as in the paper.
+        local_views: number of small views of each image beside the two; 0 as in the paper, 2 in
+            MULAN (arXiv 2602.05845). A predictor of their own, `local_predictor`, maps each to the
+            targets of both views, and the two are then of larger crops, scale (0.25, 1).
+        local_size: side, or (height, width), of the local views in pixels. None: 3/7 of
+            `image_size` to the nearest multiple of 16; 96 for 224.
+        local_augment_fn: what makes a local view, as `augment_fn`. None: augment.local_views,
+            normalised as the default views or those of byol_views are.
         check_finite: raise on images with NaN or inf. Costs a host-device synchronisation a call.
 
     Raises:
@@ -120,6 +139,9 @@ class BYOL(nn.Module):
         target_dropout: bool = False,
         concatenate_views: bool = False,
         check_finite: bool = False,
+        local_views: int = 0,
+        local_size: int | tuple[int, int] | None = None,
+        local_augment_fn: Augmentation | None = None,
     ) -> None:
         super().__init__()
         check_decay(moving_average_decay, total_steps)
@@ -138,6 +160,7 @@ class BYOL(nn.Module):
             "check_finite": check_finite,
         }
         check_flags(flags, sync_batchnorm)
+        check_local(local_views, local_size, local_augment_fn)
         size = None if image_size is None and example_input is not None else sides(image_size)
         inputs = probe_inputs(net, size, example_input)
         found = locate(net, inputs, hidden_layer, pool)
@@ -146,11 +169,19 @@ class BYOL(nn.Module):
         self._unreached = found.unreached
         self._layout = Layout.of(inputs, size, example_input is not None)
         pictures = size if len(self._layout.shape or ()) == 4 else None
+        channels, crops = self._layout.channels, {"scale": GLOBAL_SCALE} if local_views else {}
         self.augment_fn, self.augment_fn2 = both_views(
-            augment_fn, augment_fn2, pictures, self._layout.channels, mean, std
+            augment_fn, augment_fn2, pictures, channels, mean, std, **crops
         )
-
         dim, hidden = found.probe.shape[1], projection_hidden_size
+        self.local_views, self.local_augment_fn = int(local_views), local_augment_fn
+        if local_views:
+            small = pictures and local_sides(pictures, local_size)
+            if small:
+                check_other_size(net, self._representation, inputs, small, dim)
+            self._local_layout = replace(self._layout, size=small)
+            self.local_augment_fn = local_view(local_augment_fn, self.augment_fn, small, channels)
+
         make = mlp if use_momentum else simsiam_mlp
         width = sem_num_simplices * sem_simplex_dim if use_simplicial_embeddings else dim
         projector = make(width, projection_size, hidden, sync_batchnorm)
@@ -161,6 +192,9 @@ class BYOL(nn.Module):
         self.projector = projector.to(found.probe)
         predictor = mlp(projection_size, projection_size, hidden, sync_batchnorm)
         self.predictor = predictor.to(found.probe)
+        if local_views:
+            predictor = mlp(projection_size, projection_size, hidden, sync_batchnorm)
+            self.local_predictor = predictor.to(found.probe)
 
         self.use_momentum, self.total_steps = use_momentum, total_steps
         self.target_dropout, self.concatenate_views = target_dropout, concatenate_views
@@ -179,6 +213,7 @@ class BYOL(nn.Module):
         return_projection: bool = True,
         *,
         return_embedding: bool = False,
+        local_views: Sequence[Any] = (),
     ) -> Any:
         """The loss, or with `return_embedding` what the online network makes of the images.
 
@@ -186,12 +221,15 @@ class BYOL(nn.Module):
             images: (B, C, H, W) uint8 in [0, 255] or float in [0, 1]; with `view_two`, the first
                 of two views (float, as the network should see them: nothing is added).
             view_two: the second view. A bool here is read as return_embedding.
+            local_views: ready local views beside two ready views, as many as the learner has.
 
         Returns:
             A float32 scalar in [0, 8]: the mean over the batch of 2 - 2 cos, summed over both
-            directions (paper, equations 2 and 3). With return_embedding (projection (B, P),
-            embedding (B, D)), or the embedding alone without return_projection, with gradient and
-            in the current mode, normalised as in training.
+            directions (paper, equations 2 and 3). Local views add twice the mean over their pairs
+            with the two targets: both parts weigh the same, in [0, 16].
+            With return_embedding (projection (B, P), embedding (B, D)), or the embedding alone
+            without return_projection, with gradient and in the current mode, normalised as in
+            training.
 
         Raises TypeError or ValueError for images or views that do not fit, ValueError also for a
         batch of one whose heads would take batch statistics of it. The first batch of float images
@@ -206,31 +244,34 @@ class BYOL(nn.Module):
                 return embedding
             check_batch(embedding, (self.projector,))
             return self.projector(embedding), embedding
-        if view_two is None:
-            one, two = self.views(images)
-            self._layout.check_made(one, two, images)
+        if view_two is None and not local_views:
+            views = self.views(images)
+            self._layout.check_made(views, images)
         else:
-            one, two = images, view_two
-            self._layout.check_views(one, two, self.check_finite)
-        check_batch(one, (self.projector, self.predictor))
-        return self._loss(one, two)
+            views = (images, view_two, *local_views)
+            self._check_ready(views)
+        check_batch(views[0], (self.projector, self.predictor))
+        return self._loss(*views)
 
     @torch.no_grad()
-    def views(self, images: Any) -> tuple[Any, Any]:
-        """Two augmented views of `images` as the network is to see them, without gradient."""
+    def views(self, images: Any) -> tuple[Any, ...]:
+        """Two augmented views of `images` as the network is to see them, and the local views
+        behind those, without gradient."""
         self._check_images(images)
-        if self.augment_fn is None or self.augment_fn2 is None:
-            raise ValueError(
-                "There are no default views without image_size or for inputs other than "
-                "(B, C, H, W). Give augment_fn, or call learner(view_one, view_two)."
-            )
-        with torch.autocast(tensors(images)[0].device.type, enabled=False):
-            # byol_views take uint8 as it is; other callables are given floats in [0, 1].
-            one, two = [
-                augment(scaled(images) if as_view(augment) is None else images)
-                for augment in (self.augment_fn, self.augment_fn2)
-            ]
-            return one, two
+        augmentations = [self.augment_fn, self.augment_fn2]
+        augmentations += [self.local_augment_fn] * self.local_views
+        made = []
+        for augment in augmentations:
+            if augment is None:
+                raise ValueError(
+                    "There are no default views without image_size or for inputs other than "
+                    "(B, C, H, W), and no default local views beside an augment_fn of your own. "
+                    "Give augment_fn (local_augment_fn), or call learner(view_one, view_two)."
+                )
+            with torch.autocast(tensors(images)[0].device.type, enabled=False):
+                # byol_views take uint8 as it is; other callables are given floats in [0, 1].
+                made.append(augment(scaled(images) if as_view(augment) is None else images))
+        return tuple(made)
 
     def representation(self, images: Any, normalise: bool = True) -> Tensor:
         """(B, D) of `images` without augmentation, in the current mode, with gradient.
@@ -331,7 +372,7 @@ class BYOL(nn.Module):
         self._representation = Representation(self.net, self._representation.place)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("augment_fn", "augment_fn2") and not isinstance(value, nn.Module):
+        if name.endswith(("augment_fn", "augment_fn2")) and not isinstance(value, nn.Module):
             self.__dict__.get("_modules", {}).pop(name, None)  # torch refuses functions there
         super().__setattr__(name, value)
 
@@ -356,10 +397,15 @@ class BYOL(nn.Module):
         view = as_view(self.augment_fn) if normalise else None
         return self._in_dtype(scaled(images) if view is None else view.normalise(images))
 
-    def _loss(self, one: Any, two: Any) -> Tensor:
-        views = [self._in_dtype(one), self._in_dtype(two)]
-        if self.concatenate_views:
-            views = [map_tensors(lambda x, y: torch.cat((x, y)), *views)]
+    def _check_ready(self, views: Sequence[Any]) -> None:
+        check_local_count(views, self.local_views)
+        self._layout.check_views(views[:2], self.check_finite)
+        if self.local_views:
+            self._local_layout.check_views(views[2:], self.check_finite, "local views")
+            check_same_batch(views[0], views[2])
+
+    def _loss(self, one: Any, two: Any, *local: Any) -> Tensor:
+        views = self._passes(one, two)
         goals = None
         if self.target is not None:
             # Before the online network, whose activations then are not there yet: at ResNet-50
@@ -367,9 +413,22 @@ class BYOL(nn.Module):
             with torch.no_grad():
                 goals = [self.target(view) for view in views]
         projections = [self.projector(self._embed(view)) for view in views]
-        p_one, p_two = _halves([self.predictor(projection) for projection in projections])
-        z_one, z_two = _halves(projections if goals is None else goals)
-        return regression_loss(p_one, z_two.detach()) + regression_loss(p_two, z_one.detach())
+        p_one, p_two = _parts([self.predictor(projection) for projection in projections], 2)
+        z_one, z_two = _parts(projections if goals is None else goals, 2)
+        z_one, z_two = z_one.detach(), z_two.detach()
+        loss = regression_loss(p_one, z_two) + regression_loss(p_two, z_one)
+        if not local:
+            return loss
+        projections = [self.projector(self._embed(view)) for view in self._passes(*local)]
+        predictions = _parts([self.local_predictor(p) for p in projections], len(local))
+        pairs = [regression_loss(p, z) for p in predictions for z in (z_one, z_two)]
+        return loss + 2 * torch.stack(pairs).mean()
+
+    def _passes(self, *views: Any) -> list[Any]:
+        """What goes through the network one after the other: a view each, or all in one batch."""
+        ready = [self._in_dtype(view) for view in views]
+        joined = self.concatenate_views and len(ready) > 1
+        return [map_tensors(lambda *xs: torch.cat(xs), *ready)] if joined else ready
 
     def _embed(self, view: Any) -> Tensor:
         representation = self._representation(self.net, view)
@@ -382,6 +441,6 @@ class BYOL(nn.Module):
         return for_network(view, next(dtypes))
 
 
-def _halves(outputs: list[Tensor]) -> Sequence[Tensor]:
-    """One output a view, from those of both or of one batch of both."""
-    return outputs if len(outputs) == 2 else outputs[0].chunk(2)
+def _parts(outputs: list[Tensor], count: int) -> Sequence[Tensor]:
+    """One output a view, from those of `count` views or of one batch of all."""
+    return outputs if len(outputs) == count else outputs[0].chunk(count)

@@ -4,7 +4,7 @@ undisturbed.py puts back what a probe changes, pooling.py makes (B, D) of a laye
 """
 
 from byol_pytorch.backbone.locate import locate
-from byol_pytorch.backbone.probe import drawing, evaluating, probe_inputs
+from byol_pytorch.backbone.probe import check_other_size, drawing, evaluating, probe_inputs
 from byol_pytorch.backbone.representation import (
     Place,
     Pool,
@@ -18,6 +18,7 @@ __all__ = [
     "Pool",
     "Representation",
     "check_gradient",
+    "check_other_size",
     "copy_for_target",
     "drawing",
     "evaluating",

@@ -124,6 +124,28 @@ def probe_inputs(net: nn.Module, size: tuple[int, int] | None, example: Any) -> 
     ) from first
 
 
+def check_other_size(
+    net: nn.Module, read: Callable[[nn.Module, Any], Tensor], probe: Tensor, size: tuple[int, int],
+    width: int,
+) -> None:  # fmt: skip
+    """Raise ValueError unless `read` gives `width` features also of images of `size`."""
+    cause, found = None, ""
+    net = uncompiled(net)
+    with undisturbed(net), torch.no_grad():
+        try:
+            features = read(net, nn.functional.interpolate(probe, size))
+            if features.shape[1] != width:
+                found = f"gives {features.shape[1]} features of them, and {width}"
+        except Exception as error:  # whatever a foreign forward raises
+            cause, found = error, f"fails on them ({type(error).__name__}: {error}), and not"
+    if found:
+        raise ValueError(
+            f"Local views are of {size} pixels: {type(net).__name__} {found} of "
+            f"{tuple(probe.shape[2:])}. Build it for several sizes (timm's ViTs: "
+            "dynamic_img_size=True), or give local_size= that of its images."
+        ) from cause
+
+
 def _input_channels(net: nn.Module, size: tuple[int, int]) -> list[int]:
     found: list[int] = []
     for module in net.modules():
