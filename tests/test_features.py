@@ -19,7 +19,6 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.models import resnet as torchvision_resnet
 
 from byol_pytorch import BYOL
-from byol_pytorch.evaluation import features, rows
 from byol_pytorch.evaluation.features import (
     FeatureReader,
     extract_features,
@@ -51,6 +50,11 @@ LABELS = torch.arange(11) % 3
 def loader(images: Tensor = IMAGES, labels: Tensor | None = LABELS, size: int = 4) -> DataLoader:
     data = TensorDataset(images) if labels is None else TensorDataset(images, labels)
     return DataLoader(data, size)
+
+
+def wide(images: Tensor) -> Tensor:
+    """Features of 16 MiB an image: five are more than waits on the device, or is sent, at once."""
+    return images[:, 0, 0, :1] + torch.arange(2**22) / 2**22
 
 
 def stem_and_stages(net: Any, x: Tensor) -> dict[str, Tensor]:
@@ -270,12 +274,16 @@ def test_a_network_in_bfloat16_is_given_bfloat16():
     assert found.dtype == torch.float32 and found.shape == (11, 6)
 
 
-@pytest.mark.parametrize("flush", [1, 500, 10**9])
 @pytest.mark.parametrize("size", [1, 4, 11])
-def test_neither_the_batch_nor_the_flush_changes_rows_or_order(monkeypatch, flush, size):
-    monkeypatch.setattr(features, "_FLUSH", flush)
+def test_the_size_of_a_batch_changes_neither_rows_nor_order(size):
     found, labels = extract_features(nn.Flatten(), loader(size=size))
     assert torch.equal(found, IMAGES.flatten(1)) and torch.equal(labels, LABELS)
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+def test_features_that_leave_the_device_in_several_parts_stay_in_order(where, tmp_path):
+    found, _ = extract_features(wide, loader(), memmap=tmp_path if where == "files" else None)
+    assert torch.equal(found, wide(IMAGES))
 
 
 def test_progress_is_shown_when_asked_for(capsys):
@@ -302,9 +310,7 @@ def test_a_gpu_gives_what_a_cpu_gives_and_the_result_is_on_the_cpu(dtype):
 # Files ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flush", [1, 10**9])
-def test_features_in_files_are_those_in_memory(monkeypatch, tmp_path, flush):
-    monkeypatch.setattr(features, "_FLUSH", flush)
+def test_features_in_files_are_those_in_memory(tmp_path):
     net = small_net()
     expected, _ = extract_features(net, loader(), stages={"raw": "0"})
     found, labels = extract_features(
@@ -325,17 +331,17 @@ def test_a_tensor_on_a_file_can_be_changed_without_the_file(tmp_path):
     assert np.load(tmp_path / "pooled.npy").any()
 
 
-def test_a_run_that_ends_early_leaves_no_file_that_looks_whole(monkeypatch, tmp_path):
-    monkeypatch.setattr(features, "_FLUSH", 1)
+def test_a_run_that_ends_early_leaves_no_file_that_looks_whole(tmp_path):
     extract_features(nn.Flatten(), loader(), memmap=tmp_path)  # of an earlier run
 
     def broken() -> Iterator[Tensor]:
-        yield from IMAGES.split(2)
+        yield IMAGES[:5]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        extract_features(nn.Flatten(), broken(), memmap=tmp_path)
+        extract_features(wide, broken(), memmap=tmp_path)
     assert not list(tmp_path.glob("*.npy"))
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) > 5 * 2**24
     found, _ = extract_features(nn.Flatten(), loader(), memmap=tmp_path)
     assert torch.equal(found, IMAGES.flatten(1))
     assert [path.name for path in tmp_path.iterdir()] == ["pooled.npy"]
@@ -409,7 +415,6 @@ def in_two_processes(rank: int, port: int, folder: Path) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    rows._BLOCK, features._FLUSH = 50, 100
     result: dict[str, Any] = {}
     torch.manual_seed(0)
     net = small_net()
@@ -423,6 +428,9 @@ def in_two_processes(rank: int, port: int, folder: Path) -> None:
     result["columns"] = extract_features(
         nn.Flatten(), DataLoader(shard(TensorDataset(IMAGES, torch.eye(11))), 3)
     )
+    for where in (None, folder / "wide"):
+        found, _ = extract_features(wide, DataLoader(shard(TensorDataset(IMAGES)), 5), memmap=where)
+        result["wide files" if where else "wide"] = torch.equal(found, wide(IMAGES))
     whole = TensorDataset(IMAGES, LABELS)
     wrong = {
         "sampler": DataLoader(whole, sampler=DistributedSampler(whole, shuffle=False)),
@@ -465,6 +473,11 @@ def test_two_processes_give_each_sample_once_and_in_order(two, where, count):
         assert torch.equal(labels, LABELS[:count])
         for name, x in expected.items():
             torch.testing.assert_close(found[name], x)
+
+
+@pytest.mark.xdist_group("two processes")
+def test_two_processes_give_features_of_several_parts_in_order(two):
+    assert all(result["wide"] and result["wide files"] for result in two)
 
 
 @pytest.mark.xdist_group("two processes")

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from byol_pytorch.evaluation import knn, neighbours
 from byol_pytorch.evaluation.knn import knn_accuracy, knn_predict
 from byol_pytorch.evaluation.neighbours import nearest_neighbours
 
@@ -165,30 +164,43 @@ def test_of_many_duplicates_the_first_are_the_nearest(k):
     assert numbers.tolist() == [expected[:k]] * 3
 
 
-@pytest.mark.parametrize(("bank_rows", "query_rows"), [(9, 11), (64, 200), (100, 7)])
-@pytest.mark.parametrize("ask_others", [False, True])
-def test_the_size_of_the_parts_changes_nothing(monkeypatch, bank_rows, query_rows, ask_others):
-    bank, labels = clusters(130, 5, 12, seed=0, spread=2)
-    queries = None if ask_others else clusters(33, 5, 12, seed=1)[0]
-    expected = knn_predict(bank, labels, queries, k=(3, 20, 90), top=3)
-    near = nearest_neighbours(bank, queries, k=90)
-    monkeypatch.setattr(neighbours, "_BANK_ROWS", bank_rows)
-    monkeypatch.setattr(neighbours, "_QUERY_ROWS", query_rows)
-    monkeypatch.setattr(neighbours, "_IN_CACHE", 60)
-    monkeypatch.setattr(knn, "_ROWS", query_rows)
-    found = knn_predict(bank, labels, queries, k=(3, 20, 90), top=3)
-    assert all(torch.equal(found[k], expected[k]) for k in expected)
-    cosines, numbers = nearest_neighbours(bank, queries, k=90)
-    assert torch.equal(numbers, near[1])
-    torch.testing.assert_close(cosines, near[0])
-
-
 def exact_neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     cosines = torch.nn.functional.cosine_similarity(
         queries[:, None].double(), bank[None].double(), dim=2
     )
     order = cosines.argsort(dim=1, descending=True)[:, :k]
     return cosines.gather(1, order), order
+
+
+def test_a_bank_and_queries_of_several_parts():
+    bank, labels = clusters(66_000, 5, 6, seed=0, spread=2)  # 65536 are a part, and 256 queries
+    queries = clusters(1_100, 5, 6, seed=1, spread=2)[0]
+    bank[65_536:] = queries[:464]
+    cosines, numbers = nearest_neighbours(bank, queries, k=500)  # more than the last part holds
+    assert torch.equal(numbers[:464, 0], torch.arange(65_536, 66_000))
+    asked = [*range(0, 1_100, 50), 255, 256, 1_099]
+    expected, order = exact_neighbours(bank, queries[asked], 500)
+    torch.testing.assert_close(cosines[asked].double(), expected, atol=1e-6, rtol=0)
+    assert (numbers[asked] == order).double().mean() > 0.99
+    found = knn_predict(bank, labels, queries, k=(3, 500), top=2)
+    parts = [knn_predict(bank, labels, part, k=(3, 500), top=2) for part in queries.split(550)]
+    for k, classes in found.items():
+        assert (classes == torch.cat([part[k] for part in parts])).double().mean() > 0.999
+
+
+@pytest.mark.slow
+def test_leaving_one_out_of_a_bank_of_several_parts():
+    bank, _ = clusters(66_000, 5, 6, seed=0, spread=2)
+    bank[65_536:] = bank[:464]
+    cosines, numbers = nearest_neighbours(bank, k=20)
+    own = torch.arange(len(bank))
+    assert not (numbers == own[:, None]).any()
+    assert torch.equal(numbers[:464, 0], own[65_536:])
+    assert torch.equal(numbers[65_536:, 0], own[:464])
+    asked = torch.tensor([464, 511, 512, 30_000, 65_535])
+    expected, order = exact_neighbours(bank, bank[asked], 21)
+    torch.testing.assert_close(cosines[asked].double(), expected[:, 1:], atol=1e-6, rtol=0)
+    assert (numbers[asked] == order[:, 1:]).double().mean() > 0.99
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 10, 40, 1999])

@@ -171,7 +171,7 @@ def of_two(call: Callable[[], Any], counts: tuple[int, ...] = (3, 1)) -> Any:
         into[:] = counts
 
     with (
-        mock.patch.object(rows, "process", return_value=(0, 2)),
+        mock.patch.object(rows, "world_size", return_value=2),
         mock.patch.object(features, "process", return_value=(0, 2)),
         mock.patch.object(rows.dist, "all_gather_object", gather),
     ):

@@ -1,11 +1,11 @@
 """What a backbone learned, by the published protocols: functions on tensors, no data sets."""
 
 try:
+    from byol_pytorch.evaluation.average_precision import average_precision
     from byol_pytorch.evaluation.features import extract_features, resnet_stages, shard
     from byol_pytorch.evaluation.knn import knn_accuracy, knn_predict
     from byol_pytorch.evaluation.linear import linear_probe
     from byol_pytorch.evaluation.neighbours import nearest_neighbours
-    from byol_pytorch.evaluation.ranking import average_precision
     from byol_pytorch.evaluation.svm import low_shot_map, svm_map
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(

@@ -1,6 +1,6 @@
 """Frozen features of a whole data set in one pass: the representation, and maps of the stages.
 
-Loaders, images and labels are the caller's. What is read of one batch is in reader.py, how rows are
+Loaders, images and labels are the caller's. What is read of one batch is in stages.py, how rows are
 kept and gathered in rows.py.
 """
 
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torch.utils.data.distributed import DistributedSampler
+from tqdm import tqdm
 
 from byol_pytorch.backbone import evaluating
-from byol_pytorch.evaluation.reader import (
+from byol_pytorch.evaluation.rows import Rows, agree, joined
+from byol_pytorch.evaluation.stages import (
     POOLED,
     FeatureReader,
-    Features,
     Model,
     resnet_stages,
     stage_pool,
 )
-from byol_pytorch.evaluation.rows import Files, Memory, Rows, agree
 from byol_pytorch.inputs import map_tensors, tensors
 from byol_pytorch.parallel import process, unreplicated
 
@@ -46,15 +46,10 @@ def extract_features(
 ) -> tuple[dict[str, Tensor], Tensor | None]: ...  # fmt: skip
 @torch.no_grad()
 def extract_features(
-    model: Model,
-    loader: Iterable[Any],
-    *,
-    stages: Mapping[str, str] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-    memmap: str | Path | None = None,
-    progress: bool = False,
-) -> tuple[Features, Tensor | None]:
+    model: Model, loader: Iterable[Any], *, stages: Mapping[str, str] | None = None,
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+    memmap: str | Path | None = None, progress: bool = False,
+) -> tuple[Tensor | dict[str, Tensor], Tensor | None]:  # fmt: skip
     """The features of all images of `loader`, in its order, and their labels.
 
     Args:
@@ -64,78 +59,65 @@ def extract_features(
             Networks run in evaluation mode, and every module is in its own mode afterwards.
         loader: gives (images, labels), or images alone. Labels are integers (B,) or one column a
             class (B, C).
-        stages: layers to read as well, dotted names in the network (the learner's `net`) by the
-            names that their features are to have, such as resnet_stages(net).
+        stages: layers to read as well: a mapping from the names that their features shall have to
+            dotted names in the network (the learner's `net`), such as resnet_stages(net).
         device: where the images go; None: where the network is.
         dtype: of the forward pass: float32, or bfloat16 or float16 by autocast.
-        memmap: a folder, of this call's own, for features that memory is too small for: they are
-            written to NAME.npy there, and come back as tensors on these files. A file has its name
-            once it is whole.
-        progress: show a bar (needs tqdm).
+        memmap: a folder that only this call writes to, for features that memory is too small for.
+            They are written to NAME.npy there and come back as tensors on these files. A file has
+            its name once it is whole. Several processes write the same files, on a shared disk.
+        progress: show a bar.
 
     Returns:
         (features, labels): float32 (N, D) on the CPU, or with `stages` a dict of them: "pooled",
         the representation, and each stage as stage_pool makes it; labels (N,) int64 or (N, C) as
         the loader gave them, on the CPU, None where it gave none.
 
-    Under torch.distributed every process calls this, with a loader over shard(dataset), and is
-    given the features of all, each image once and in the data set's order.
+    Under torch.distributed every process calls this, with a loader over shard(dataset), and gets
+    the features of all images, each once and in the data set's order.
 
     Raises:
-        ValueError for a loader that gives nothing, or labels that do not go with the images, for
-        features with NaN, and for a network whose representation or stages are not to be had.
+        ValueError for a loader that gives nothing, for labels that do not go with the images, for
+        features with NaN, and for a network whose representation or stages cannot be found.
     """
     model = unreplicated(model)
     where = _device(model, device)
     _check(loader, dtype)
-    rank, world = process()
-    names = [POOLED, *(stages or {})]
-    rows: dict[str, Rows] = {
-        name: Memory() if memmap is None else Files(Path(memmap) / f"{name}.npy") for name in names
-    }
+    show = progress and process()[0] == 0
+    rows = {name: Rows(name, memmap) for name in (POOLED, *(stages or {}))}
     reader: FeatureReader | None = None
-    waiting: dict[str, list[Tensor]] = {name: [] for name in names}
     labels: list[Tensor] = []
-    count = kept = 0
-
-    def keep() -> None:
-        nonlocal kept
-        for name, parts in waiting.items():
-            found = torch.cat(parts)
-            _check_finite(found, name, kept, rank, world)
-            rows[name].add(found)
-            parts.clear()
-        kept = count
-
+    count = 0
     modes: AbstractContextManager[None] = nullcontext()
     if isinstance(model, nn.Module):
         modes = evaluating(model)
     with modes:
-        for batch in _shown(loader, progress and rank == 0):
+        for batch in tqdm(loader, "features", unit=" batches", disable=not show):
             images, truth = _split(batch)
-            images = map_tensors(lambda x: _moved(x, where), images)
+            if where is not None:
+                images = map_tensors(lambda x: x.to(where, non_blocking=True), images)
             reader = reader or FeatureReader(model, images, stages)
             kind = tensors(images)[0].device.type
             with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
                 found = reader(images)
             by_name = found if isinstance(found, dict) else {POOLED: found}
-            here = len(by_name[POOLED])
-            labels += _labels(truth, here, count, bool(labels))
-            count += here
+            labels += _labels(truth, len(by_name[POOLED]), count, bool(labels))
+            count += len(by_name[POOLED])
             for name, x in by_name.items():
-                waiting[name].append(x.float())
-            if sum(x.nbytes for parts in waiting.values() for x in parts) > _FLUSH:
-                keep()
-        if count > kept:
-            keep()
+                rows[name].waiting.append(x.float())
+            if sum(x.nbytes for each in rows.values() for x in each.waiting) > _FLUSH:
+                for each in rows.values():
+                    each.flush()
+    for each in rows.values():
+        each.flush()
     counts = agree(count)
-    features = {name: rows[name].finish(counts) for name in names}
-    known = Memory(labels).finish(counts) if labels else None
+    features = {name: each.finish(counts) for name, each in rows.items()}
+    known = joined(labels, counts) if labels else None
     return (features[POOLED] if stages is None else features), known
 
 
 def shard(dataset: Dataset[Any]) -> Dataset[Any]:
-    """This process's part of a data set: every so many-eth sample, and none of them twice.
+    """This process's part of a data set: of n processes each takes every n-th sample.
 
     DistributedSampler repeats samples to make all parts equal, which would count them twice. In a
     single process it is the data set itself.
@@ -151,14 +133,14 @@ def shard(dataset: Dataset[Any]) -> Dataset[Any]:
 def _device(model: Any, device: torch.device | str | None) -> torch.device | None:
     """Where images go; None: they stay where they are."""
     own = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if device is None or (own is not None and own.device.type == torch.device(device).type):
-        return None if own is None else own.device
-    if own is not None:
+    if own is None:
+        return None if device is None else torch.device(device)
+    if device is not None and own.device.type != torch.device(device).type:
         raise ValueError(
             f"device is {device} and the network on {own.device}; expected the same. Move it: "
             f"net.to({str(device)!r})."
         )
-    return torch.device(device)
+    return own.device
 
 
 def _check(loader: Iterable[Any], dtype: torch.dtype) -> None:
@@ -174,16 +156,8 @@ def _check(loader: Iterable[Any], dtype: torch.dtype) -> None:
         )
 
 
-def _shown(loader: Iterable[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return loader
-    from tqdm import tqdm
-
-    return tqdm(loader, "features", unit=" batches")
-
-
 def _split(batch: Any) -> tuple[Any, Any]:
-    """Images and labels, or None for these."""
+    """The images and the labels of a batch; None where it has no labels."""
     if not isinstance(batch, (tuple, list)):
         return batch, None
     if len(batch) not in (1, 2):
@@ -194,12 +168,8 @@ def _split(batch: Any) -> tuple[Any, Any]:
     return batch[0], batch[1] if len(batch) == 2 else None
 
 
-def _moved(x: Tensor, where: torch.device | None) -> Tensor:
-    return x if where is None else x.to(where, non_blocking=True)
-
-
 def _labels(truth: Any, count: int, start: int, before: bool) -> list[Tensor]:
-    """The labels of one batch, which the batches before had too or had not."""
+    """The labels of one batch; `before` says whether the batches before it had some."""
     if start and before != (truth is not None):
         raise ValueError(
             f"The loader gives labels with some batches only: the one from sample {start} on is "
@@ -214,16 +184,4 @@ def _labels(truth: Any, count: int, start: int, before: bool) -> list[Tensor]:
             "features; expected one label, or one row, for each. Look at the data set's "
             "__getitem__, or the loader's collate_fn."
         )
-    if labels.ndim == 1 and not labels.is_floating_point():
-        labels = labels.long()
-    return [labels]
-
-
-def _check_finite(x: Tensor, name: str, start: int, rank: int, world: int) -> None:
-    bad = ~x.isfinite().all(1)
-    if bool(bad.any()):
-        number = (start + int(bad.int().argmax())) * world + rank
-        raise ValueError(
-            f"The {name} features hold NaN or infinite values, first in sample {number} of the "
-            "loader's order. Look at that image; with float16 take bfloat16 or float32."
-        )
+    return [labels.long() if labels.ndim == 1 and not labels.is_floating_point() else labels]

@@ -1,7 +1,8 @@
-"""Nearest neighbours of frozen features by cosine, and the classes for which they vote.
+"""The classes for which the nearest neighbours of frozen features vote.
 
-The protocol is InstDisc's (arXiv 1805.01978, section 3.4), as MMSelfSup runs it: the k nearest of a
-labelled bank vote for their class with weight exp(cosine / temperature).
+The protocol is InstDisc's (arXiv 1805.01978, section 3.4), as MMSelfSup runs it: the k nearest rows
+of a labelled bank vote for their class with weight exp(cosine / temperature). The search is in
+neighbours.py.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,7 @@ K = (10, 20, 100, 200)  # MMSelfSup's kNN benchmark
 TEMPERATURE = 0.07  # arXiv 1805.01978, section 3.4
 
 _ROWS = 1024  # queries whose votes are counted at once
-_ONE_VOTE = 2.0**40  # the nearest neighbour's; integers add up to the same in any order
+_ONE_VOTE = 2.0**40  # the nearest one's; votes are integers, whose sum has no order
 
 
 @overload
@@ -34,27 +35,18 @@ def knn_accuracy(
 ) -> float: ...  # fmt: skip
 @torch.no_grad()
 def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor | None = None,
-    query_labels: Tensor | None = None,
-    *,
-    k: int | Sequence[int] = K,
-    temperature: float = TEMPERATURE,
-    top: int = 1,
-    device: Device = None,
-) -> float | dict[int, float]:
-    """How many of the queries have their label among the `top` classes of the vote.
+    bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None,
+    query_labels: Tensor | None = None, *, k: int | Sequence[int] = K,
+    temperature: float = TEMPERATURE, top: int = 1, device: Device = None,
+) -> float | dict[int, float]:  # fmt: skip
+    """The part of the queries whose label is among the `top` classes of the vote, in [0, 1].
 
-    Arguments as for knn_predict; `query_labels` (Nq,) integers go with the queries.
-
-    Returns:
-        The part of the queries, in [0, 1]: a float for one k, else a dict from each k. A query
-        whose class the bank does not have counts as wrong.
+    Arguments are those of knn_predict; `query_labels` (Nq,) are integers. Gives a float for one k,
+    else a dict with a float for each k. A query whose class the bank lacks counts as wrong.
 
     Raises:
-        ValueError as knn_predict, and where all of the bank is one class, which would be right
-        for every query of that class and says nothing.
+        ValueError as knn_predict, and where the whole bank is of one class: the accuracy would be
+        right for every query of that class and say nothing.
     """
     if (queries is None) != (query_labels is None):
         raise ValueError(
@@ -64,16 +56,17 @@ def knn_accuracy(
     ks = _checked(bank, bank_labels, queries, k, temperature, top)
     truth = bank_labels
     if queries is not None and query_labels is not None:
-        truth = _checked_labels(query_labels, queries, "query_labels", "queries")
+        truth = query_labels
+        _check_labels(query_labels, queries, "query_labels", "queries")
     if bool((bank_labels == bank_labels[0]).all()):
         raise ValueError(
             f"All {len(bank)} samples of the bank have label {int(bank_labels[0])}; expected two "
             "classes or more, for an accuracy over one says nothing. Look at how labels are read."
         )
     ranked = _vote(bank, bank_labels, queries, ks, temperature, top, device)
-    hits = [(ranked[each] == truth.to(ranked[each])[:, None]).any(1).sum() for each in ks]
     found = {
-        each: hit / len(truth) for each, hit in zip(ks, torch.stack(hits).tolist(), strict=True)
+        each: int((classes == truth.to(classes)[:, None]).any(1).sum()) / len(truth)
+        for each, classes in ranked.items()
     }
     return found if isinstance(k, Iterable) else found[k]
 
@@ -90,34 +83,29 @@ def knn_predict(
 ) -> Tensor: ...  # fmt: skip
 @torch.no_grad()
 def knn_predict(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor | None = None,
-    *,
-    k: int | Sequence[int] = K,
-    temperature: float = TEMPERATURE,
-    top: int = 1,
+    bank: Tensor, bank_labels: Tensor, queries: Tensor | None = None, *,
+    k: int | Sequence[int] = K, temperature: float = TEMPERATURE, top: int = 1,
     device: Device = None,
-) -> Tensor | dict[int, Tensor]:
+) -> Tensor | dict[int, Tensor]:  # fmt: skip
     """The classes for which the k nearest of the bank vote, weighted exp(cosine / temperature).
 
     Args:
-        bank, bank_labels: (N, D) features of any float dtype, not necessarily normalised, and
-            (N,) integers of at least 0. The bank may be larger than the device's memory, or a
-            memory-map: it passes in parts.
-        queries: (Nq, D). None: each sample of the bank is asked about all the others.
-        k: neighbours that vote. Several cost little more than the largest one.
-        top: how many classes to return.
+        bank, bank_labels: (N, D) features of any float dtype and length, and (N,) integers of at
+            least 0. The bank may be larger than the device's memory, or lie in a file: it is read
+            in parts.
+        queries: (Nq, D). None: the neighbours of each row of the bank among all the others.
+        k: the number of neighbours that vote. Several cost little more than the largest one.
+        top: the number of classes to return.
         device: where to work, in float32; None: where the bank is.
 
     Returns:
-        (Nq, top) int64 on that device, the most votes first, for one k, else a dict from each k.
-        -1 stands where fewer classes have a vote. The smaller class wins equal votes, and the
-        first of the bank is nearer at equal cosines.
+        (Nq, top) int64 on that device for one k, else a dict with as much for each k. The class
+        with the most votes comes first; -1 stands where fewer classes have a vote. The smaller
+        class wins equal votes, and of equal cosines the first row of the bank is nearer.
 
     Raises:
-        ValueError for features or labels that do not fit, for NaN, and for k that the bank is too
-        small for.
+        ValueError for features or labels that do not go together, for NaN, and for a k that the
+        bank is too small for.
     """
     ks = _checked(bank, bank_labels, queries, k, temperature, top)
     ranked = _vote(bank, bank_labels, queries, ks, temperature, top, device)
@@ -128,14 +116,10 @@ def knn_predict(
 
 
 def _vote(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor | None,
-    ks: tuple[int, ...],
-    temperature: float,
-    top: int,
-    device: Device,
-) -> dict[int, Tensor]:
+    bank: Tensor, bank_labels: Tensor, queries: Tensor | None, ks: tuple[int, ...],
+    temperature: float, top: int, device: Device,
+) -> dict[int, Tensor]:  # fmt: skip
+    """The classes (Nq, top) for each of `ks`, in their order."""
     cosines, numbers = search(bank, queries, max(ks), device)
     names, labels = bank_labels.to(cosines.device, torch.int64).unique(return_inverse=True)
     names = torch.cat((names, names.new_tensor([-1])))
@@ -154,10 +138,10 @@ def _vote(
 
 
 def _ranked(votes: Tensor, names: Tensor, top: int) -> Tensor:
-    """The classes (B, top) with the most votes; the last of `names` where there are none left."""
+    """The classes (B, top) with the most votes; the last of `names` where no votes are left."""
     left, found = votes.clone(), []
     for _ in range(top):
-        most, best = left.max(dim=1)  # of equal ones the first
+        most, best = left.max(dim=1)  # max keeps the first of ties
         found.append(torch.where(most > 0, best, len(names) - 1))
         left.scatter_(1, best[:, None], 0)
     return names[torch.stack(found, dim=1)]
@@ -170,7 +154,7 @@ def _checked(
     bank: Tensor, bank_labels: Tensor, queries: Tensor | None, k: int | Sequence[int],
     temperature: float, top: int,
 ) -> tuple[int, ...]:  # fmt: skip
-    """The ks as a tuple."""
+    """The numbers of neighbours as a tuple; raises for arguments of knn_predict that are wrong."""
     ks = tuple(k) if isinstance(k, Iterable) and not isinstance(k, str) else (k,)
     if not ks or not all(map(is_count, ks)):
         raise ValueError(
@@ -185,11 +169,11 @@ def _checked(
     check_features(bank, queries)
     for each in ks:
         check_k(each, bank, queries)
-    _checked_labels(bank_labels, bank, "bank_labels", "bank")
+    _check_labels(bank_labels, bank, "bank_labels", "bank")
     return ks
 
 
-def _checked_labels(labels: Tensor, rows: Tensor, name: str, of: str) -> Tensor:
+def _check_labels(labels: Tensor, rows: Tensor, name: str, of: str) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"{name} is a {type(labels).__name__}; expected a tensor of integers (N,). Give "
@@ -211,4 +195,3 @@ def _checked_labels(labels: Tensor, rows: Tensor, name: str, of: str) -> Tensor:
             f"{name} holds {int(labels[number])}, first of sample {number}; expected labels of at "
             "least 0. Leave unlabelled samples out: keep = labels >= 0."
         )
-    return labels

@@ -23,18 +23,17 @@ from tqdm import tqdm
 from byol_pytorch.arguments import is_count, is_number
 from byol_pytorch.backbone import evaluating
 from byol_pytorch.evaluation.protocols import PAPER, Protocol
+from byol_pytorch.evaluation.stages import POOLED, Features
 from byol_pytorch.heads import BatchNorm
 from byol_pytorch.parallel import world_size
 
-Features = Tensor | Mapping[str, Tensor]  # (N, D) or (N, C, ...), or several such by stage
-Extract = Callable[[Tensor], Features]
+Extract = Callable[[Tensor], Features]  # images to (B, D) or (B, C, ...), or several such by stage
 INITIAL_STD = 0.01  # of the weights, biases start at 0: MMSelfSup's heads, as MoCo's and SimSiam's
-TRUST = 1e-3  # of LARS, as in byol_pytorch.optim
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What heads of S stages and L learning rates reach: accuracies (S, L) float64 in [0, 1]."""
+    """What trained heads of S stages and L learning rates reach; accuracies are float64 (S, L)."""
 
     stages: tuple[str, ...]
     lrs: tuple[float, ...]
@@ -45,7 +44,7 @@ class Probe:
 
     @property
     def chosen(self) -> dict[str, int] | None:
-        """By stage the number of the learning rate that was best on the held-out images.
+        """The number of each stage's learning rate that was best on the held-out images.
 
         None where several rates were tried and nothing was held out: test images never choose.
         """
@@ -60,20 +59,22 @@ def linear_probe(
     seed: int = 0, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> Probe:  # fmt: skip
-    """Train heads on features that were taken once, and test them.
+    """Train heads on features that were extracted once, and test them.
 
-    Batches are equal to one image and at most `protocol.batch_size`; with fewer training images
-    than that, the learning rates are scaled to what there is. Nothing is communicated.
+    The sizes of batches differ by one image at most and are no larger than `protocol.batch_size`;
+    with fewer training images than that, the learning rates are scaled to what there is. Processes
+    do not communicate.
 
     Args:
-        train_features: (N, D), (N, C, ...), or a dict of such by stage; may be mapped from files.
-        train_labels: (N,) integers in [0, num_classes), by default the largest of them plus 1.
-        held_out: this part of each class of the training images is not trained on and chooses the
+        train_features: (N, D), (N, C, ...), or a dict of such by stage; they may lie in files.
+        train_labels: (N,) integers in [0, num_classes).
+        num_classes: None: the largest training label plus 1.
+        held_out: this part of each class of the training images is not trained on. It chooses the
             learning rate (`Probe.chosen`); the test images never do.
-        device: where the heads are trained; None is where the features are.
+        device: where the heads are trained; None: where the features are.
 
-    Raises ValueError for lengths, widths or stages that do not go together, labels out of range or
-    in the test images alone, a single class, features that are not finite.
+    Raises ValueError for lengths, widths or stages that do not go together, for labels out of
+    range or in the test images alone, for a single class, and for features that are not finite.
     """
     if not is_number(held_out) or not 0 <= held_out < 1:
         raise ValueError(
@@ -93,7 +94,7 @@ def linear_probe(
     heads = LinearHeads(example, num_classes, protocol, distributed=False, seed=seed, dtype=dtype)
 
     def rows(features: dict[str, Tensor]) -> Extract:
-        return lambda i: {k: x[i.to(x.device)].to(heads.lrs.device) for k, x in features.items()}
+        return lambda i: {k: x[i.to(x.device)].to(heads.device) for k, x in features.items()}
 
     def batches(order: Tensor, truth: Tensor) -> list[tuple[Tensor, Tensor]]:
         parts = order.tensor_split(math.ceil(len(order) / protocol.batch_size))
@@ -111,12 +112,13 @@ def linear_probe(
 
 
 def train_epoch(heads: "LinearHeads", extract: Extract, batches: Any, epoch: int) -> Tensor:
-    """Epoch number 0, 1, ... over `batches`, which have a length; mean training losses (S, L).
+    """Train for epoch number 0, 1, ... on `batches` (images, labels); the mean losses (S, L).
 
-    `extract` runs without gradients, and a module in evaluation mode. Of several processes each
-    gives its own images, in equally many batches. Raises ValueError for labels out of range.
+    `batches` have a length. `extract` runs without gradients, a module in evaluation mode. Several
+    processes each give images of their own, in equally many batches. Raises ValueError for labels
+    out of range.
     """
-    total = heads.lrs.new_zeros(len(heads.stages), len(heads.lrs))
+    total = heads.weights[0].new_zeros(len(heads.stages), len(heads.protocol.lrs))
     for number, (images, labels) in enumerate(batches):
         if labels.device.type == "cpu":  # elsewhere it would wait for the device
             _check_range(labels, heads.num_classes)
@@ -124,7 +126,7 @@ def train_epoch(heads: "LinearHeads", extract: Extract, batches: Any, epoch: int
         labels = labels.to(total.device, non_blocking=True)
         total += heads.step(heads.features(extract, images), labels, factor)
     total /= len(batches) * (world_size() if heads.distributed else 1)
-    heads.sum(total)
+    heads.add_up(total)
     return total
 
 
@@ -132,9 +134,9 @@ def train_epoch(heads: "LinearHeads", extract: Extract, batches: Any, epoch: int
 def accuracy(
     heads: "LinearHeads", extract: Extract, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    """Top-1 and top-5, each (S, L) float64 in [0, 1] on the CPU, over all processes' images."""
-    shape = (2, len(heads.stages), len(heads.lrs))
-    right = heads.lrs.new_zeros(shape, dtype=torch.float64)
+    """Top-1 and top-5 over the images of all processes: (S, L) float64 in [0, 1] on the CPU."""
+    shape = (2, len(heads.stages), len(heads.protocol.lrs))
+    right = torch.zeros(shape, dtype=torch.float64, device=heads.device)
     count = right.new_zeros(())
     heads.eval()
     for images, labels in batches:
@@ -143,27 +145,25 @@ def accuracy(
         hits = first == labels.to(first.device, non_blocking=True).view(-1, 1, 1)
         right += torch.stack([hits[..., 0], hits.any(-1)]).sum(2)
         count += len(labels)
-    heads.sum(right, count)
+    heads.add_up(right, count)
     top1, top5 = (right / count).cpu()
     return top1, top5
 
 
 class LinearHeads(nn.Module):
-    """A linear classifier for each stage and learning rate, with its optimizer.
+    """A linear classifier for each stage and learning rate, and how they are trained.
 
     The heads of a stage are one weight (L, C, D): one product trains all L learning rates, and none
-    feels another, not even one that diverges. All start equal, by `seed`. The state_dict holds
+    disturbs another, not even one that diverges. All start equal, by `seed`. The state_dict holds
     weights, momenta and statistics, so training goes on from it exactly.
 
     Args:
         example: features of an image or more, on the device, as `step` will get them.
-        distributed: gradients, batch norm and accuracies span all processes.
+        distributed: whether gradients, batch norm and accuracies span all processes.
         dtype: of the products; weights, statistics and losses are float32.
 
     Raises ValueError for an example that is not finite.
     """
-
-    lrs: Tensor
 
     def __init__(
         self, example: Features, num_classes: int, protocol: Protocol, *,
@@ -186,20 +186,24 @@ class LinearHeads(nn.Module):
         self.norms = nn.ModuleList()  # without parameters, so that one serves all learning rates
         for x in named.values() if protocol.batch_norm else ():
             self.norms.append(BatchNorm(x.shape[1], sync=self.distributed, affine=False))
-        self.register_buffer("lrs", torch.tensor(protocol.lrs, **born), persistent=False)
         self.to(next(iter(named.values())).device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the heads are."""
+        return self.weights[0].device
 
     def features(self, extract: Extract, images: Tensor) -> Features:
         """What `extract` makes of images, without gradients and in evaluation mode."""
         net = extract if isinstance(extract, nn.Module) else nn.Identity()
         with torch.no_grad(), evaluating(net), self._autocast():
-            return extract(images.to(self.lrs.device, non_blocking=True))
+            return extract(images.to(self.device, non_blocking=True))
 
     def forward(self, features: Features) -> list[Tensor]:
         """Logits (B, L, C) float32 of each stage."""
         values = list(_by_stage(features).values())
         if self.norms:
-            values = [_normalised(norm, x) for norm, x in zip(self.norms, values, strict=True)]
+            values = [_batch_normed(norm, x) for norm, x in zip(self.norms, values, strict=True)]
         with self._autocast():
             return [
                 F.linear(x.flatten(1).to(w.dtype), w.flatten(0, 1), b.flatten())
@@ -210,7 +214,7 @@ class LinearHeads(nn.Module):
     def step(self, features: Features, labels: Tensor, factor: float = 1.0) -> Tensor:
         """One optimizer step at `factor` times each learning rate; the mean losses (S, L)."""
         self.train()
-        rates, trained = len(self.lrs), [*self.weights, *self.biases]
+        rates, trained = len(self.protocol.lrs), [*self.weights, *self.biases]
         targets = labels.repeat_interleave(rates)
         # Sums, divided after the backward pass: a large batch's means underflow in half precision.
         losses = torch.stack([
@@ -219,27 +223,30 @@ class LinearHeads(nn.Module):
         ])  # fmt: skip
         gradients = list(torch.autograd.grad(losses.sum(), trained))
         count = losses.new_full((), len(labels))
-        self.sum(*gradients, count)
+        self.add_up(*gradients, count)
         torch._foreach_div_(gradients, count)
         self._update(trained, gradients, factor)
         return losses.detach() / len(labels)
 
     @torch.no_grad()
     def _update(self, trained: list[Tensor], gradients: list[Tensor], factor: float) -> None:
-        settings, lars = self.protocol, self.protocol.optimizer == "lars"
-        for w, m, u in zip(trained, self.momenta, gradients, strict=True):
-            each = (-1,) + (1,) * (w.ndim - 1)  # broadcasts over the learning rates
-            u = u.add_(w, alpha=settings.weight_decay) if settings.weight_decay else u
-            if lars:
-                of_w, of_u = (x.flatten(1).norm(dim=1) for x in (w, u))
-                ratios = torch.where((of_w > 0) & (of_u > 0), TRUST * of_w / of_u, 1.0)
-                u.mul_(ratios.view(each))
-            torch.add(u, m, alpha=settings.momentum, out=m)
-            direction = m if lars else u.add_(m, alpha=settings.momentum)
-            w.addcmul_(direction, (self.lrs * factor).view(each), value=-1)
+        """A step of an optimizer with one parameter group for each learning rate."""
+        # It is made anew each time, over slices of what this module holds: so the module can be
+        # moved, copied and loaded as any other.
+        groups: list[dict[str, Any]] = [
+            {"params": [], "lr": lr * factor} for lr in self.protocol.lrs
+        ]
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for whole in zip(trained, gradients, self.momenta, strict=True):
+            for group, w, u, m in zip(groups, *(x.detach().unbind() for x in whole), strict=True):
+                w.grad, state[w] = u, {"momentum_buffer": m}
+                group["params"].append(w)
+        optimizer = self.protocol.new_optimizer(groups)
+        optimizer.state.update(state)
+        optimizer.step()
 
     def classifier(self, stage: str, number: int = 0) -> nn.Linear:
-        """The head of a stage and a learning rate, for flattened features; batch norm is in it."""
+        """The head of a stage and a learning rate, on flattened features; it holds the norm too."""
         at = self.stages.index(stage)
         weight, bias = (x[at][number].detach().clone() for x in (self.weights, self.biases))
         if self.norms:
@@ -253,23 +260,23 @@ class LinearHeads(nn.Module):
         linear.load_state_dict({"weight": weight, "bias": bias})
         return linear
 
-    def sum(self, *values: Tensor) -> None:
-        """In place over all processes, where they train together."""
+    def add_up(self, *values: Tensor) -> None:
+        """Sum each of `values` in place over the processes that train together."""
         for x in values if self.distributed else ():
             dist.all_reduce(x)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.lrs.device.type, self.dtype, self.dtype != torch.float32)
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
 
-def _normalised(norm: nn.Module, x: Tensor) -> Tensor:
-    """By statistics of each channel over images and positions, as MMSelfSup's BatchNorm2d has."""
+def _batch_normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """Each channel over images and positions, as by MMSelfSup's BatchNorm2d."""
     x = x.flatten(2).transpose(1, 2) if x.ndim > 2 else x.unsqueeze(1)
     return norm(x.flatten(0, 1).float()).view(x.shape).transpose(1, 2)
 
 
 def _by_stage(features: Features) -> dict[str, Tensor]:
-    named = features if isinstance(features, Mapping) else {"pooled": features}
+    named = features if isinstance(features, Mapping) else {POOLED: features}
     # as_tensor moves tensors too, where `with torch.device(...)` says so.
     return {
         name: x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")

@@ -23,18 +23,18 @@ _IN_CACHE = 2**18  # values of the bank that one core of a CPU keeps at hand: 1 
 def nearest_neighbours(
     bank: Tensor, queries: Tensor | None = None, *, k: int, device: Device = None
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest of the bank for each query: cosines (Nq, k) float32, numbers (Nq, k) int64.
+    """The k nearest rows of the bank for each query: their cosines and their numbers, both (Nq, k).
 
-    The nearest first, and of equal cosines the first of the bank.
+    Cosines are float32, numbers int64. The nearest comes first, and of equal cosines the first row.
 
     Args:
-        bank: (N, D) features of any float dtype, not necessarily normalised. It may be larger than
-            the device's memory, or a memory-map: it passes in parts.
-        queries: (Nq, D). None: each sample of the bank is asked about all the others.
+        bank: (N, D) features of any float dtype and length. It may be larger than the device's
+            memory, or lie in a file: it is read in parts.
+        queries: (Nq, D). None: the neighbours of each row of the bank among all the others.
         k: 1 to N, to N - 1 without queries.
         device: where to work; None: where the bank is.
 
-    Raises ValueError for features that do not fit, or hold NaN, and for a k out of range.
+    Raises ValueError for features that do not go together or hold NaN, and for a k out of range.
     """
     check_features(bank, queries)
     check_k(k, bank, queries)
@@ -43,7 +43,7 @@ def nearest_neighbours(
 
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
-    """Products of float32 as such, whatever torch.set_float32_matmul_precision says outside."""
+    """Full float32 in products, whatever torch.set_float32_matmul_precision says outside."""
     backends: Any = torch.backends
     places = (backends.cuda.matmul, backends.mkldnn.matmul)
     each = [place.fp32_precision for place in places]
@@ -64,7 +64,7 @@ def _full_float32() -> Iterator[None]:
 def search(
     bank: Tensor, queries: Tensor | None, k: int, device: Device = None
 ) -> tuple[Tensor, Tensor]:
-    """nearest_neighbours of what was checked."""
+    """What nearest_neighbours gives, without its checks."""
     where = bank.device if device is None else torch.device(device)
     asked = bank if queries is None else queries
     most = min(len(bank), _BANK_ROWS)
@@ -73,15 +73,16 @@ def search(
     step = max(1, torch.get_num_threads() * _IN_CACHE // bank.shape[1])
     step = step if where.type == "cpu" else most
     nearest: list[Tensor] = []
-    for first, chunk in _normalised(bank, _BANK_ROWS, where):
+    for first, chunk in _unit_rows(bank, _BANK_ROWS, where):
         n = len(chunk)
-        for start, rows in _normalised(asked, _QUERY_ROWS, where):
+        for start, rows in _unit_rows(asked, _QUERY_ROWS, where):
             similarity = room[: (n + -n % size) * len(rows)].view(-1, len(rows))
             for some, out in zip(chunk.split(step), similarity[:n].split(step), strict=True):
                 torch.mm(some, rows.T, out=out)
             similarity[n:] = -torch.inf
-            if queries is None:  # no sample is a neighbour of its own
-                _hide_own(similarity[:n], first, start)
+            if queries is None and -n < first - start < len(rows):
+                # No row is a neighbour of its own.
+                similarity[:n].diagonal(first - start).fill_(-torch.inf)
             best = _best(similarity, size, min(k, n), first)
             if first:
                 number = start // _QUERY_ROWS
@@ -89,23 +90,14 @@ def search(
                 nearest[number] = both.topk(min(k, both.shape[1])).values
             else:
                 nearest.append(best)
-    found = [_decoded(keys) for keys in nearest]
-    return torch.cat([cosines for cosines, _ in found]), torch.cat(
-        [numbers for _, numbers in found]
-    )
-
-
-def _hide_own(similarity: Tensor, first: int, start: int) -> None:
-    n, count = similarity.shape
-    if -n < first - start < count:
-        similarity.diagonal(first - start).fill_(-torch.inf)
+    return _decoded(torch.cat(nearest))
 
 
 def _best(similarity: Tensor, size: int, k: int, first: int) -> Tensor:
-    """The sorted keys (B, k) of the best rows, which are numbered from `first`, in each column.
+    """The keys (B, k) of the k largest values of each column, sorted; rows count from `first`.
 
-    Exact in two small searches: the best k are in those k blocks of `size` rows whose maxima are
-    the largest, at equal maxima the first ones.
+    Two small searches are exact: the k best lie in the k blocks of `size` rows that have the
+    largest maxima, the first blocks where maxima are equal.
     """
     blocks = len(similarity) // size
     maxima = similarity.view(blocks, size, -1).amax(1).T
@@ -117,9 +109,9 @@ def _best(similarity: Tensor, size: int, k: int, first: int) -> Tensor:
 
 
 def _keys(similarity: Tensor, numbers: Tensor) -> Tensor:
-    """int64 whose order is that of the float32 similarity, and of equal ones the first is larger.
+    """int64 keys in the order of the float32 similarities; of equal ones the first has the larger.
 
-    The bits of a float32 order as an integer's do, once those of a negative one are flipped.
+    The bits of floats order as those of integers once the bits of negative ones are flipped.
     """
     bits = (similarity + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
@@ -127,13 +119,13 @@ def _keys(similarity: Tensor, numbers: Tensor) -> Tensor:
 
 
 def _decoded(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The similarity and the number that each key was made of."""
+    """The similarity and the row number that each key was made of."""
     bits = (keys >> 32).int()
     similarity = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
     return similarity, 0xFFFFFFFF - (keys & 0xFFFFFFFF)
 
 
-def _normalised(rows: Tensor, size: int, where: torch.device) -> Iterator[tuple[int, Tensor]]:
+def _unit_rows(rows: Tensor, size: int, where: torch.device) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(rows), size):
         part = rows[start : start + size].to(where, torch.float32)
         yield start, F.normalize(part)
@@ -150,9 +142,8 @@ def check_k(k: int, bank: Tensor, queries: Tensor | None) -> None:
 
 
 def check_features(bank: Tensor, queries: Tensor | None) -> None:
-    for name, rows in (("bank", bank), ("queries", queries)):
-        if rows is None:
-            continue
+    named = {"bank": bank} if queries is None else {"bank": bank, "queries": queries}
+    for name, rows in named.items():
         if not isinstance(rows, Tensor):
             raise TypeError(
                 f"{name} is a {type(rows).__name__}; expected a float tensor (N, D). Give "

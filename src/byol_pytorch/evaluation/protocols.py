@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import torch
 
 from byol_pytorch.arguments import is_count, is_number
-from byol_pytorch.optim import scaled_lr
+from byol_pytorch.optim import LARS, scaled_lr
 
 Optimizer = Literal["sgd", "lars"]
 
@@ -50,6 +52,17 @@ class Protocol:
             return float(0.1 ** sum(epoch >= at for at in self.milestones))
         done = math.floor(epoch) if self.by_epoch else epoch
         return (1 + math.cos(math.pi * done / self.epochs)) / 2
+
+    def new_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over parameter groups that each have a learning rate."""
+        momentum, decay = self.momentum, self.weight_decay
+        if self.optimizer == "lars":
+            return LARS(groups, 0.0, momentum, decay)
+        # On CUDA torch chooses well by itself; on a CPU it would go over the weights four times.
+        fused = groups[0]["params"][0].device.type == "cpu" or None
+        return torch.optim.SGD(
+            groups, momentum=momentum, weight_decay=decay, nesterov=momentum > 0, fused=fused
+        )
 
 
 # arXiv 2006.07733, appendix C.1, with the one rate of byol/configs/eval.py of DeepMind's code;

@@ -1,23 +1,56 @@
-"""Rows of features as they come, in memory or in files, and those of all processes together."""
+"""Rows of features as they come, in memory or in a file, and those of all processes together."""
 
 import io
 import math
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from byol_pytorch.parallel import process
+from byol_pytorch.parallel import process, world_size
 
 _BLOCK = 2**26  # bytes that one process sends at once
 
 
+class Rows:
+    """The rows (N, D) of one feature: row i of process r is row i x world + r of the data set."""
+
+    def __init__(self, name: str, folder: str | Path | None) -> None:
+        self.name, self.count = name, 0
+        self.waiting: list[Tensor] = []  # on the device, until they are flushed
+        self.kept: list[Tensor] | _File = []
+        if folder is not None:
+            self.kept = _File(Path(folder) / f"{name}.npy")
+
+    def flush(self) -> None:
+        """Move what waits to the CPU or the file. Raises ValueError for NaN."""
+        if not self.waiting:
+            return
+        rows = torch.cat(self.waiting)
+        self.waiting.clear()
+        bad = ~rows.isfinite().all(1)
+        if bool(bad.any()):
+            rank, world = process()
+            number = (self.count + int(bad.int().argmax())) * world + rank
+            raise ValueError(
+                f"The {self.name} features hold NaN or infinite values, first in sample {number} "
+                "of the loader's order. Look at that image; with float16 take bfloat16 or float32."
+            )
+        self.count += len(rows)
+        self.kept.append(rows.cpu())
+
+    def finish(self, counts: list[int]) -> Tensor:
+        """The rows of all processes, of which each has so many of `counts`."""
+        return (
+            joined(self.kept, counts) if isinstance(self.kept, list) else self.kept.finish(counts)
+        )
+
+
 def agree(count: int) -> list[int]:
     """The rows of each process. Raises ValueError where they are not every world-th row."""
-    world = process()[1]
+    world = world_size()
     counts = [count]
     if world > 1:
         counts = [0] * world
@@ -36,30 +69,14 @@ def agree(count: int) -> list[int]:
     return counts
 
 
-class Rows(Protocol):
-    """Takes the rows of this process, and gives those of all: row i of process r is i world + r."""
-
-    def add(self, rows: Tensor) -> None: ...
-
-    def finish(self, counts: list[int]) -> Tensor: ...
-
-
-class Memory:
-    """Rows on the CPU."""
-
-    def __init__(self, parts: list[Tensor] | None = None) -> None:
-        self.parts = parts or []
-
-    def add(self, rows: Tensor) -> None:
-        self.parts.append(rows.cpu())
-
-    def finish(self, counts: list[int]) -> Tensor:
-        mine, start = self.parts[0].new_empty(counts[process()[0]], *self.parts[0].shape[1:]), 0
-        while self.parts:  # torch.cat would need the memory twice
-            part = self.parts.pop(0)
-            mine[start : start + len(part)] = part
-            start += len(part)
-        return mine if len(counts) == 1 else _gathered(mine, counts)
+def joined(parts: list[Tensor], counts: list[int]) -> Tensor:
+    """The rows of all processes, of this one's `parts`, which it empties."""
+    mine, start = parts[0].new_empty(sum(map(len, parts)), *parts[0].shape[1:]), 0
+    while parts:  # torch.cat would need the memory twice
+        part = parts.pop(0)
+        mine[start : start + len(part)] = part
+        start += len(part)
+    return mine if len(counts) == 1 else _gathered(mine, counts)
 
 
 def _gathered(mine: Tensor, counts: list[int]) -> Tensor:
@@ -81,55 +98,49 @@ def _gathered(mine: Tensor, counts: list[int]) -> Tensor:
     return whole
 
 
-class Files:
-    """Rows in a .npy file, to which all processes write, so that it has to be on a shared disk.
+class _File:
+    """Rows (N, D) float32 in a .npy file that all processes write, on a disk that they share.
 
     It is NAME.npy.part until every row is there: what a killed run leaves does not look whole.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.part = path, path.with_name(path.name + ".part")
+        self.count = self.width = 0
         self.rank, self.world = process()
-        self.written = 0
-        self.file: Any = None
         if self.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # another run's
-            self.part.unlink(missing_ok=True)
-            self.part.touch()
-        if self.world > 1:
-            dist.barrier()
+            self.part.write_bytes(b"")
+        self._wait()
 
-    def add(self, rows: Tensor) -> None:
-        array = rows.cpu().numpy()
-        if self.file is None:
-            self.shape, self.dtype = array.shape[1:], array.dtype
-            self.start = len(self._header(0))
-            self.bytes = array[0].nbytes
-            self.file = self.part.open("r+b")
-        blocks = [array] if self.world == 1 else array
-        for block in blocks:
-            row = self.written * self.world + self.rank
-            self.file.seek(self.start + row * self.bytes)
-            self.file.write(block.tobytes())
-            self.written += len(array) if self.world == 1 else 1
+    def append(self, rows: Tensor) -> None:
+        array, self.width = rows.numpy(), rows.shape[1]
+        together = len(array) if self.world == 1 else 1  # of several processes the rows alternate
+        start, size = len(self._header(0)), array[0].nbytes
+        with self.part.open("r+b") as file:
+            for at in range(0, len(array), together):
+                file.seek(start + size * ((self.count + at) * self.world + self.rank))
+                file.write(array[at : at + together].data)
+        self.count += len(array)
 
     def finish(self, counts: list[int]) -> Tensor:
-        self.file.close()
-        if self.world > 1:
-            dist.barrier()
+        self._wait()
         if self.rank == 0:
             with self.part.open("r+b") as file:
                 file.write(self._header(sum(counts)))
             self.part.replace(self.path)
-        if self.world > 1:
-            dist.barrier()
+        self._wait()
         # Copied where it is written to, so that the file stays as it is.
         return torch.from_numpy(np.load(self.path, mmap_mode="c"))
 
     def _header(self, count: int) -> bytes:
         # numpy leaves room for the number of rows, so that this is of one length.
         file = io.BytesIO()
-        facts = {"descr": self.dtype.str, "fortran_order": False, "shape": (count, *self.shape)}
+        facts = {"descr": "<f4", "fortran_order": False, "shape": (count, self.width)}
         np.lib.format.write_array_header_1_0(file, facts)
         return file.getvalue()
+
+    def _wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()

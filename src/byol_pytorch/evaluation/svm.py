@@ -2,8 +2,8 @@
 
 The protocol is Goyal et al., arXiv 1905.01235; its details are those of the code that made the
 published tables, facebookresearch/fair_self_supervision_benchmark (tools/svm, extra_scripts) and
-MMSelfSup's copy of it (tools/benchmarks/classification/svm_voc07). What is taken and refused is in
-svm_input.py, the fitting in svm_fits.py, average precision in ranking.py.
+MMSelfSup's copy of it (tools/benchmarks/classification/svm_voc07). The data and the fits are in
+svm_fits.py, targets and average precision in average_precision.py.
 """
 
 import warnings
@@ -18,16 +18,16 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from byol_pytorch.arguments import is_count, is_number
-from byol_pytorch.evaluation.ranking import Form, average_precision, check_form
-from byol_pytorch.evaluation.svm_fits import SVMs, fit, in_span, run, validate
-from byol_pytorch.evaluation.svm_input import (
+from byol_pytorch.evaluation.average_precision import (
     Array,
     Floats,
+    Form,
     as_targets,
+    average_precision,
     check_counts,
-    check_shots,
-    open_task,
+    check_form,
 )
+from byol_pytorch.evaluation.svm_fits import SVMs, fit, in_span, open_task, run, validate
 
 __all__ = [
     "VOC07_COSTS",
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 # MMSelfSup's scripts pass 1, 10 and 100 (tools/eval_svm_full.sh, eval_svm_lowshot.sh), and their
-# parse_cost_list adds the powers of a half; in this order, in which the first of equals wins.
+# parse_cost_list adds the powers of a half, in this order. Of equally good costs the first wins.
 # FAIR's commands add 1e-7 to 0.1 by tens (GETTING_STARTED.md).
 VOC07_COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))
 VOC07_SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
@@ -50,23 +50,23 @@ VOC07_SHOTS = (1, 2, 4, 8, 16, 32, 64, 96)
 
 @dataclass(frozen=True)
 class SVMResult:
-    """Of `svm_map`, for C classes and K costs. APs and accuracies are fractions in [0, 1]."""
+    """What svm_map finds for C classes and K costs. APs and accuracies are in [0, 1]."""
 
     mean_ap: float
     ap: Floats  # (C,) on the test set
     costs: Floats  # (C,) the chosen ones
-    validation_ap: Floats  # (C, K) the means over the folds that they were chosen by
+    validation_ap: Floats  # (C, K) means over the folds, which chose the costs
     top1: float | None  # by the largest decision value; None where images have several labels
-    unconverged: int  # fits that max_iter ended
+    unconverged: int  # number of fits that max_iter ended
 
 
 @dataclass(frozen=True)
 class LowShotResult:
-    """Of `low_shot_map`, for S shots, R samplings and K costs. APs are fractions in [0, 1]."""
+    """What low_shot_map finds for S shots, R samplings and K costs. APs are in [0, 1]."""
 
     shots: tuple[int, ...]
     mean_ap: Floats  # (S,) the mean over the samplings at the best cost
-    deviation: Floats  # (S,) the population's, as the original reports it
+    deviation: Floats  # (S,) the standard deviation with divisor R, as the original reports it
     costs: Floats  # (S,) the best ones
     all_mean_ap: Floats  # (S, R, K)
     top1: Floats | None  # (S,) mean accuracy at these costs; None where images have several labels
@@ -74,39 +74,30 @@ class LowShotResult:
 
 
 def svm_map(
-    train_features: Tensor | Array,
-    train_labels: Tensor | Array,
-    test_features: Tensor | Array,
-    test_labels: Tensor | Array,
-    *,
-    costs: Sequence[float] = VOC07_COSTS,
-    folds: int = 3,
-    metric: Form = "voc10",
-    train_on_ignored: bool = True,
-    positive_weight: float = 2.0,
-    tol: float = 1e-4,
-    max_iter: int = 2000,
-    seed: int = 0,
-    n_jobs: int = 1,
-    progress: bool = False,
-) -> SVMResult:
+    train_features: Tensor | Array, train_labels: Tensor | Array,
+    test_features: Tensor | Array, test_labels: Tensor | Array, *,
+    costs: Sequence[float] = VOC07_COSTS, folds: int = 3, metric: Form = "voc10",
+    train_on_ignored: bool = True, positive_weight: float = 2.0, tol: float = 1e-4,
+    max_iter: int = 2000, seed: int = 0, n_jobs: int = 1, progress: bool = False,
+) -> SVMResult:  # fmt: skip
     """The mean average precision of one linear SVM a class, each with the cost of its own.
 
-    Features are (N, D), each row is divided by its norm + 1e-5. Labels are (N, C) of 1 positive,
-    0 negative and -1 ignored (PASCAL's files say 1, -1 and 0 "difficult": another code), or the
-    classes (N,) of images that have one each, which are then told one from the rest.
+    Features are (N, D); each row is divided by its norm + 1e-5. Labels are (N, C) of 1 positive,
+    0 negative and -1 ignored (PASCAL's files have another code: 1, -1 and 0 for "difficult"). Or
+    they are classes (N,), one an image; each class is then told from all others.
 
-    Each SVM is liblinear's, squared hinge, dual, positives weighing twice, and its cost the one
-    whose AP (as scikit-learn's) has the highest mean over stratified folds of the training set.
-    Ignored labels count as negatives in training, as in the original, or with
-    `train_on_ignored=False` not at all; in testing never. `metric` is average_precision's form.
+    Each SVM is liblinear's with squared hinge, dual, and positives that weigh twice. Its cost is
+    the one whose AP (scikit-learn's) has the highest mean over stratified folds of the training
+    set. In training ignored labels count as negatives, as in the original, or with
+    `train_on_ignored=False` not at all. In testing they never count. `metric` is the form of
+    average_precision.
 
-    `n_jobs` processes (-1: one a core) fit at once; each holds a copy of N x min(N, D) features of
-    16 bytes. The result does not depend on them beyond rounding.
+    `n_jobs` processes (-1: one a core) fit at once; each holds a copy of the features, 16 bytes x
+    N x min(N, D). The result depends on their number by rounding alone.
 
-    Raises ValueError for input that is not as above, not finite, of mismatched lengths, and for a
-    class without two positives and negatives to train on and one to test on. One ConvergenceWarning
-    counts the fits that `max_iter` ended.
+    Raises ValueError for input that is not as above, is not finite or differs in length, and for a
+    class without two positives and two negatives to train on and one of each to test on. One
+    ConvergenceWarning counts the fits that `max_iter` ended.
     """
     options = _options(costs, metric, positive_weight, tol, max_iter, seed)
     if not is_count(folds) or folds < 2:
@@ -141,26 +132,17 @@ def svm_map(
 
 
 def low_shot_map(
-    train_features: Tensor | Array,
-    train_labels: Tensor | Array,
-    test_features: Tensor | Array,
-    test_labels: Tensor | Array,
-    *,
-    shots: Sequence[int] = VOC07_SHOTS,
-    samplings: int = 5,
-    costs: Sequence[float] = VOC07_COSTS,
-    metric: Form = "voc10",
-    positive_weight: float = 2.0,
-    tol: float = 1e-4,
-    max_iter: int = 2000,
-    seed: int = 0,
-    n_jobs: int = 1,
-    progress: bool = False,
-) -> LowShotResult:
-    """`svm_map` from few samples a class, which `low_shot_sample` draws `samplings` times.
+    train_features: Tensor | Array, train_labels: Tensor | Array,
+    test_features: Tensor | Array, test_labels: Tensor | Array, *,
+    shots: Sequence[int] = VOC07_SHOTS, samplings: int = 5,
+    costs: Sequence[float] = VOC07_COSTS, metric: Form = "voc10", positive_weight: float = 2.0,
+    tol: float = 1e-4, max_iter: int = 2000, seed: int = 0, n_jobs: int = 1, progress: bool = False,
+) -> LowShotResult:  # fmt: skip
+    """svm_map from few samples a class, which low_shot_sample draws `samplings` times.
 
-    For each number of shots the cost is the one, for all classes, of the highest mean over the
-    samplings of the mAP on the test set: as published, so these are no estimates for new images.
+    For each number of shots all classes have one cost: the one whose mAP on the test set has the
+    highest mean over the samplings. So it is published; these figures do not estimate what new
+    images would give.
 
     Takes and raises what svm_map does, and ValueError where a class has fewer samples than shots.
     """
@@ -172,7 +154,7 @@ def low_shot_map(
         )
     task = open_task(train_features, train_labels, test_features, test_labels)
     labels = task.train_targets if task.train_classes is None else task.train_classes
-    check_shots(task.train_targets, max(shots), task.train_classes is not None)
+    _check_shots(task.train_targets, max(shots), task.train_classes is not None)
     train, test = in_span(task.train, task.test)
     classes = task.train_targets.shape[1]
 
@@ -214,16 +196,16 @@ def low_shot_map(
 def low_shot_sample(
     labels: Tensor | Array, shots: int, *, seed: int | Sequence[int] = 0
 ) -> npt.NDArray[np.int8]:
-    """(N, C) int8: the labels that were drawn, 1 or 0, and -1 elsewhere; the same for a seed.
+    """(N, C) int8: 1 or 0 for the labels that were drawn, -1 elsewhere. The seed decides the draw.
 
-    Of labels (N, C) each class draws `shots` positives and (C - 1) * `shots` negatives for itself,
-    none of them ignored (create_voc_low_shot_samples.py). Of classes (N,) each draws `shots`
-    images, and all classes share them (create_places_low_shot_samples.py).
+    From labels (N, C) each class draws `shots` positives and (C - 1) * `shots` negatives for
+    itself, none of them ignored (create_voc_low_shot_samples.py). From classes (N,) each draws
+    `shots` images, and all classes share them (create_places_low_shot_samples.py).
 
-    Raises ValueError where a class has too few.
+    Raises ValueError where a class has too few samples.
     """
     targets, classes = as_targets(labels, "labels")
-    check_shots(targets, shots, classes is not None)
+    _check_shots(targets, shots, classes is not None)
     rng = np.random.default_rng(seed)
 
     def draw(column: int, value: int, count: int) -> Array:
@@ -240,15 +222,22 @@ def low_shot_sample(
     return sample
 
 
+def _check_shots(targets: Array, shots: int, one_label: bool) -> None:
+    others = targets.shape[1] - 1
+    if not others:
+        raise ValueError(
+            "labels have 1 class; expected at least 2, for low-shot sampling draws negatives from "
+            "the others. Give labels of more classes."
+        )
+    negatives = 0 if one_label else others * shots
+    check_counts(targets, "train", shots, negatives, f"Give fewer shots than {shots}, or leave")
+
+
 def _options(
-    costs: Sequence[float],
-    metric: str,
-    positive_weight: float,
-    tol: float,
-    max_iter: int,
+    costs: Sequence[float], metric: str, positive_weight: float, tol: float, max_iter: int,
     seed: int,
-) -> dict[str, Any]:
-    """LinearSVC's, as in train_svm_kfold.py."""
+) -> dict[str, Any]:  # fmt: skip
+    """The options of LinearSVC, as in train_svm_kfold.py."""
     check_form(metric)
     numbers = (*costs, positive_weight, tol, max_iter)
     if not len(costs) or not all(is_number(x) and 0 < x < np.inf for x in numbers):

@@ -1,11 +1,12 @@
-"""What a network makes of one batch: its representation, and its stages' maps pooled to few cells.
+"""What a network makes of one batch: its representation, and maps of its stages.
 
-Nothing is trained or moved here, and the network is as it was between two batches.
+The maps are pooled to few cells, as the protocols that train heads on stages want them. features.py
+reads a whole data set so.
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from byol_pytorch.inputs import for_network, map_tensors, tensors
 from byol_pytorch.parallel import is_learner, uncompiled
 
 Model = nn.Module | Callable[[Any], Tensor]
-Features = Tensor | dict[str, Tensor]
+Features = Tensor | Mapping[str, Tensor]  # one tensor, or several by the names of stages
 POOLED = "pooled"  # the representation's name among the stages
 
 
@@ -30,14 +31,14 @@ class _Pooling(NamedTuple):
 
 
 # MMSelfSup's MultiPooling, pool_type "specified"; its "adaptive" gives as many cells.
-_PROTOCOL = {
+_POOLINGS = {
     "feature1": _Pooling(112, 10, 10, 4, 12),
     "feature2": _Pooling(56, 16, 8, 0, 6),
     "feature3": _Pooling(28, 13, 5, 0, 4),
     "feature4": _Pooling(14, 8, 3, 0, 3),
     "feature5": _Pooling(7, 6, 1, 0, 2),
 }
-# What these make of ResNet-50 ("around 9000 dimensions"): the most of any of its stages.
+# The most values that these give of a stage of ResNet-50 ("around 9000 dimensions").
 _VALUES = 9216
 
 
@@ -57,69 +58,69 @@ def resnet_stages(net: nn.Module) -> dict[str, str]:
             f"{', '.join(known) or 'none'}; expected act1 or relu, and layer1 to layer4. Name the "
             "layers: stages={'feature4': 'stages.2', ...}."
         )
-    return dict(zip(_PROTOCOL, layers, strict=True))
+    return dict(zip(_POOLINGS, layers, strict=True))
 
 
 def stage_pool(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each map (B, C, H, W) averaged over few cells and flattened: (B, C * cells * cells).
 
-    feature1 to feature5 have 12, 6, 4, 3 and 2 cells a side, by the kernels of MMSelfSup's
-    multi-head pooling where the map has the side that it has at 224 px (112, 56, 28, 14, 7), else
-    by adaptive averages. A map of another name has as many cells as keep it within 9216 values,
-    the most that this gives of ResNet-50. No map has more cells than positions.
+    feature1 to feature5 have 12, 6, 4, 3 and 2 cells a side. They are averaged by the kernels of
+    MMSelfSup's multi-head pooling where the map has the side that it has at 224 px (112, 56, 28,
+    14, 7), else adaptively. A map of another name has as many cells as keep it within 9216 values,
+    the most that the five give of ResNet-50. No map has more cells than positions.
     """
-    return {name: _pooled_map(name, x).flatten(1) for name, x in maps.items()}
+    return {name: _pool(name, x) for name, x in maps.items()}
 
 
-def _pooled_map(name: str, x: Tensor) -> Tensor:
+def _pool(name: str, x: Tensor) -> Tensor:
     if x.ndim != 4:
         raise ValueError(
             f"The layer for {name!r} gives {tuple(x.shape)}; expected a map (B, C, H, W). Name "
             "another layer, or pool tokens by a callable in place of the network."
         )
-    protocol = _PROTOCOL.get(name)
-    if protocol and x.shape[-2:] == (protocol.side, protocol.side):
-        return F.avg_pool2d(x, protocol.kernel, protocol.stride, protocol.padding)
-    cells = protocol.cells if protocol else max(1, int((_VALUES / x.shape[1]) ** 0.5))
-    height, width = x.shape[-2:]
-    return F.adaptive_avg_pool2d(x, (min(cells, height), min(cells, width)))
+    pooling, (height, width) = _POOLINGS.get(name), x.shape[-2:]
+    if pooling and height == width == pooling.side:
+        return F.avg_pool2d(x, pooling.kernel, pooling.stride, pooling.padding).flatten(1)
+    cells = pooling.cells if pooling else max(1, int((_VALUES / x.shape[1]) ** 0.5))
+    return F.adaptive_avg_pool2d(x, (min(cells, height), min(cells, width))).flatten(1)
 
 
 class FeatureReader:
     """Reads the features of one batch as extract_features does, for loops of one's own.
 
-    Built on a first batch, of which nothing but its form matters. Calling it gives (B, D), or with
-    `stages` a dict, in the network's current mode, with gradient where that is enabled. Between
-    the calls the network is as it was. `model` and `stages` as in extract_features.
+    It is built on a first batch, of which only the form matters. A call gives (B, D), or with
+    `stages` a dict, in the network's current mode, with gradients where they are enabled. Between
+    the calls the network is as it was. `model` and `stages` are those of extract_features.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        images: Any,
-        stages: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, model: Model, images: Any, stages: Mapping[str, str] | None = None) -> None:
         if not (stages is None or isinstance(stages, Mapping)):
             raise TypeError(
                 f"stages is a {type(stages).__name__}; expected a mapping from names of features "
                 "to layers. Give resnet_stages(net), or {'feature4': 'layer3'}."
             )
         self.stages = None if stages is None else dict(stages)
-        self._net = _network(model) if isinstance(model, nn.Module) else None
-        self._read = model
+        self._layers = _find_layers(model, self.stages or {})
+        self._read: Callable[[Any], Any] = model
         if is_learner(model):
             learner: Any = model
             self._read = learner.representation
-        elif isinstance(model, nn.Module) and (dtype := _dtype(model)) is not None:
-            self._read = _found(model, images, dtype)
-        self._layers = _find_layers(self._net, self.stages or {})
+        elif isinstance(model, nn.Module):
+            self._read = _representation(model, images)
 
-    def __call__(self, images: Any) -> Features:
+    def __call__(self, images: Any) -> Tensor | dict[str, Tensor]:
         if self.stages is None:
             return self._vectors(images)
         maps: dict[str, list[Tensor]] = {name: [] for name in self.stages}
-        with _tapped(self._layers, maps):
-            representation = self._vectors(images)
+        handles = [
+            layer.register_forward_hook(partial(_keep_pooled, maps[name], name))
+            for name, layer in self._layers.items()
+        ]
+        try:
+            features = {POOLED: self._vectors(images)}
+        finally:
+            for handle in handles:
+                handle.remove()
         for name, found in maps.items():
             if len(found) != 1:
                 raise ValueError(
@@ -127,10 +128,11 @@ class FeatureReader:
                     "forward pass; expected once. Name another; a compiled network may have to "
                     "be given as it was before."
                 )
-        return {POOLED: representation} | {name: found[0] for name, found in maps.items()}
+            features[name] = found[0]
+        return features
 
     def _vectors(self, images: Any) -> Tensor:
-        x: Any = self._read(images)
+        x = self._read(images)
         if not isinstance(x, Tensor) or x.ndim != 2:
             came = tuple(x.shape) if isinstance(x, Tensor) else f"a {type(x).__name__}"
             raise ValueError(
@@ -140,27 +142,24 @@ class FeatureReader:
         return x
 
 
+def _keep_pooled(kept: list[Tensor], name: str, module: nn.Module, args: Any, out: Tensor) -> None:
+    # Pooled at once: a map is large, and the next layer may work in place.
+    kept.append(_pool(name, out))
+
+
 def _network(model: Any) -> nn.Module:
     """The bare network whose layers `stages` names."""
     return uncompiled(model.net if is_learner(model) else model)
 
 
-@contextmanager
-def _tapped(layers: Mapping[str, nn.Module], maps: dict[str, list[Tensor]]) -> Iterator[None]:
-    def hook(name: str) -> Callable[..., None]:
-        # Pooled at once: a map is large, and the next layer may work in place.
-        return lambda module, args, out: maps[name].append(stage_pool({name: out})[name])
+def _representation(net: nn.Module, images: Any) -> Callable[[Any], Tensor]:
+    """What BYOL would train of a network, by the same probe on two of the images.
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _found(net: nn.Module, images: Any, dtype: torch.dtype) -> Callable[[Any], Tensor]:
-    """What BYOL would train of a network, by the same probe; two of the images are enough."""
+    A network without parameters is not probed: what it gives is the representation.
+    """
+    dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
+    if dtype is None:
+        return net
     if any(x.dtype == torch.uint8 for x in tensors(images)):
         raise ValueError(
             f"The loader gives uint8 images to {type(net).__name__}; expected floats, normalised "
@@ -177,14 +176,16 @@ def _found(net: nn.Module, images: Any, dtype: torch.dtype) -> Callable[[Any], T
     return lambda inputs: representation(net, for_network(inputs, dtype))
 
 
-def _find_layers(net: nn.Module | None, stages: Mapping[str, str]) -> dict[str, nn.Module]:
+def _find_layers(model: Model, stages: Mapping[str, str]) -> dict[str, nn.Module]:
+    """The modules that `stages` names, by the names of the stages."""
     if not stages:
         return {}
-    if net is None or POOLED in stages:
+    if not isinstance(model, nn.Module) or POOLED in stages:
         raise ValueError(
             f"stages={dict(stages)}; expected layers of a network by names other than {POOLED!r}, "
             "which is the representation's. Give a network, not a function, and other names."
         )
+    net = _network(model)
     layers = dict(net.named_modules(remove_duplicate=False))
     for name, layer in stages.items():
         if layer not in layers:
@@ -194,7 +195,3 @@ def _find_layers(net: nn.Module | None, stages: Mapping[str, str]) -> dict[str, 
                 f"Nearest names: {', '.join(near)}. Give one of them."
             )
     return {name: layers[layer] for name, layer in stages.items()}
-
-
-def _dtype(net: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in net.parameters() if p.is_floating_point()), None)
