@@ -242,7 +242,7 @@ def report(
         f"{args.steps} steps of {BATCH} images, {args.seeds} seeds, kNN accuracy in % (mean ± "
         "standard deviation), CPU seconds on one thread (median). A verdict needs two standard "
         "errors of the difference of the means, which of so few seeds is little: p is Welch's, "
-        "paired that of the differences by seed. Methods share initial weights and batches by seed.",
+        "paired that of the differences by seed. Methods share weights and batches by seed.",
         "",
         "| rung | method | lr | equal steps: few labels | all labels | seconds "
         "| equal time: steps | few labels | all labels |",
