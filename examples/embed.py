@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from parts.backbone import Facts, open_backbone
-from parts.decoding import CENTRE
-from parts.flags import DTYPES, check_common, common_flags
-from parts.labelled import Transform, evaluation_transform, image_loader
+from parts.flags import common_flags, set_up
+from parts.labelled import Transform, evaluation_transform
+from parts.machine import Machine
 from parts.processes import fail, tell
 from parts.sources import Source, open_data, picture
 from parts.tables import Cell, write_results, write_whole
@@ -33,7 +33,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from byol_pytorch.checkpoint import replacing
-from byol_pytorch.evaluation.features import extract_features
 from byol_pytorch.evaluation.neighbours import nearest_neighbours
 
 QUERIES = 6  # drawn where none is given
@@ -72,11 +71,16 @@ class Answer:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check_common(args)
+    machine = set_up(args, join=False)
     source = open_data(args.data)[0]
-    queries = numbers(args, source)
+    queries = query_numbers(args.query or [], source, args.data)
+    if not args.query:
+        drawn = np.random.default_rng(args.seed).permutation(len(source))
+        queries = [int(i) for i in drawn[:QUERIES]]
     net, facts = open_backbone(args)
-    found, kept = embed(net, source, facts, args)
+    found, kept = embed(net, source, facts, machine)
+    if len(kept) < 2:
+        fail(f"only {len(kept)} of {len(source)} images in {args.data} can be read.")
     names = [source.name(i) for i in kept]
     with replacing(args.output / "embeddings.npy") as file:
         np.save(file, found.numpy())
@@ -115,49 +119,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def numbers(args: argparse.Namespace, source: Source) -> list[int]:
-    """Of the queries in the data."""
-    if args.duplicates:
-        return []
-    if not args.query:
-        drawn = np.random.default_rng(args.seed).permutation(len(source))
-        return [int(i) for i in drawn[:QUERIES]]
+def query_numbers(queries: list[str], source: Source, data: Path) -> list[int]:
+    """The numbers of the query images in `source`."""
     by_name = {source.name(i): i for i in range(len(source))}
     found = []
-    for query in args.query:
+    for query in queries:
         inside = Path(query).resolve()
-        known = inside.is_relative_to(args.data.resolve())
-        name = str(inside.relative_to(args.data.resolve())) if known else query
+        known = inside.is_relative_to(data.resolve())
+        name = str(inside.relative_to(data.resolve())) if known else query
         if query not in by_name and name not in by_name:
-            fail(f"--query {query} is not among the {len(by_name)} images of {args.data}. Give a "
+            fail(f"--query {query} is not among the {len(by_name)} images of {data}. Give a "
                  f"path in that folder, such as {next(iter(by_name))}.")  # fmt: skip
         found.append(by_name.get(query, by_name.get(name, -1)))
     return found
 
 
 def embed(
-    net: torch.nn.Module, source: Source, facts: Facts, args: argparse.Namespace
+    net: torch.nn.Module, source: Source, facts: Facts, machine: Machine
 ) -> tuple[Tensor, list[int]]:
     """Embeddings (N, D) of the images that can be read, and their numbers."""
-    whole = source.size is not None
-    images = Readable(
-        source, evaluation_transform(facts, 1.0 if whole else CENTRE), facts.image_size
-    )
+    transform = evaluation_transform(facts, whole=source.size is not None)
     try:
-        found, readable = extract_features(
-            net, image_loader(images, args), device=args.device, dtype=DTYPES[args.dtype],
-            progress=True,
-        )  # fmt: skip
+        found, readable = machine.features(net, Readable(source, transform, facts.image_size))
     except (ValueError, RuntimeError) as error:
         fail(str(error))
-    assert readable is not None
     bad = (readable == 0).nonzero().flatten().tolist()
     if bad:
         tell(f"{len(bad)} of {len(source)} images cannot be read and are left out, the first is "
              f"{source.name(bad[0])}")  # fmt: skip
     kept = (readable == 1).nonzero().flatten()
-    if len(kept) < 2:
-        fail(f"only {len(kept)} of {len(source)} images in {args.data} can be read.")
     return found[kept], kept.tolist()
 
 
@@ -196,7 +186,7 @@ def alike(found: Tensor, names: list[str], least: float) -> Answer:
 
 
 def near_duplicates(found: Tensor, least: float, k: int = 20) -> list[tuple[int, int, float]]:
-    """Pairs of rows at that cosine or more, the most alike first; of each row with up to k."""
+    """Pairs of rows at that cosine or more, the most alike first; up to k pairs of each row."""
     cosines, numbers = nearest_neighbours(found, k=min(k, len(found) - 1))
     first, place = (cosines >= least).nonzero(as_tuple=True)
     second, cosine = numbers[first, place], cosines[first, place]

@@ -18,15 +18,13 @@ from parts import openmp  # noqa: F401, before torch
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from parts.backbone import open_backbone
-from parts.flags import DTYPES, check_common, common_flags
-from parts.labelled import Labelled, evaluation_images, image_loader, open_images
-from parts.processes import fail, join_processes, leave_processes, rank, tell, world_size
+from parts.flags import common_flags, set_up
+from parts.labelled import Labelled, evaluation_images, open_images
+from parts.processes import fail, leave_processes, rank, summed, tell, world_size
 from parts.tables import write_results
-from torch import Tensor, nn
+from torch import Tensor
 
-from byol_pytorch.evaluation.features import extract_features, shard
 from byol_pytorch.evaluation.knn import TEMPERATURE, K, knn_predict
 
 TOPS = (1, 5)
@@ -38,8 +36,7 @@ PUBLISHED_TOP1 = dict(zip(K, (63.9, 64.2, 62.9, 61.9), strict=True))
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    join_processes(args)
-    check_common(args)
+    machine = set_up(args)
     check(args)
     net, facts = open_backbone(args)
     train, test = (
@@ -51,9 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     ks = fitting(args.k, len(train))
     tell(f"{len(train)} images vote on {len(test)}")
     try:
-        bank, labels = features(net, train, "train", args)
-        queries, truth = features(net, test, "test", args)
-        accuracy = accuracies(bank, labels, queries, truth, ks, args)
+        (bank, labels), (queries, truth) = (
+            machine.features(net, part, memmap=args.memmap and args.memmap / name)
+            for name, part in (("train", train), ("test", test))
+        )
+        accuracy = accuracies(bank, labels, queries, truth, ks, args.temperature, machine.device)
     except ValueError as error:
         fail(str(error))
     name = f"{facts.model}, {facts.start}"
@@ -110,35 +109,19 @@ def fitting(ks: list[int], images: int) -> list[int]:
     return fit
 
 
-def features(
-    net: nn.Module, images: Labelled, part: str, args: argparse.Namespace
-) -> tuple[Tensor, Tensor]:
-    """(N, D) and (N,) of all images, worked out by all processes together."""
-    found, labels = extract_features(
-        net, image_loader(shard(images), args), device=args.device, dtype=DTYPES[args.dtype],
-        memmap=args.memmap and args.memmap / part, progress=True,
-    )  # fmt: skip
-    assert labels is not None
-    return found, labels
-
-
 def accuracies(
     bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, ks: list[int],
-    args: argparse.Namespace,
+    temperature: float, device: torch.device,
 ) -> dict[tuple[int, int], Any]:  # fmt: skip
     """By top and k, in [0, 1]. Each process asks about its part of the queries."""
     mine = slice(rank(), None, world_size())
     ranked = knn_predict(
-        bank, labels, queries[mine], k=ks, temperature=args.temperature, top=max(TOPS),
-        device=args.device,
-    )  # fmt: skip
-    truth = truth[mine, None].to(args.device)
-    hits = [(ranked[k][:, :top] == truth).any(1).sum() for top in TOPS for k in ks]
-    total = torch.stack(hits)
-    if world_size() > 1:
-        dist.all_reduce(total)
+        bank, labels, queries[mine], k=ks, temperature=temperature, top=max(TOPS), device=device
+    )
+    truth = truth[mine, None].to(device)
     pairs = [(top, k) for top in TOPS for k in ks]
-    return dict(zip(pairs, (total.double() / len(queries)).tolist(), strict=True))
+    hits = torch.stack([(ranked[k][:, :top] == truth).any(1).sum() for top, k in pairs])
+    return dict(zip(pairs, (summed(hits).double() / len(queries)).tolist(), strict=True))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from parts import openmp  # noqa: F401, before torch
 
 # isort: split
 
+import numpy as np
 import torch
 from parts.backbone import Facts, open_backbone
 from parts.decoding import CENTRE
-from parts.flags import DTYPES, check_common, common_flags
+from parts.flags import common_flags, set_up
 from parts.journal import Journal
 from parts.labelled import (
     Labelled,
@@ -28,22 +29,19 @@ from parts.labelled import (
     Watched,
     as_tensor,
     balanced,
-    image_loader,
     open_images,
-    test_loader,
     training_loader,
 )
-from parts.processes import fail, join_processes, leave_processes, rank, tell, world_size
-from parts.resume import identity, keep, saved, the_only_run
+from parts.machine import Machine
+from parts.processes import fail, leave_processes, rank, tell, world_size
+from parts.resume import LastState, identity, the_only_run
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from byol_pytorch.evaluation.features import (
     FeatureReader,
-    extract_features,
     resnet_stages,
-    shard,
 )
 from byol_pytorch.evaluation.linear import LinearHeads, Probe, accuracy, linear_probe, train_epoch
 from byol_pytorch.evaluation.protocols import (
@@ -64,7 +62,7 @@ PAGE = "MMSelfSup's BYOL, ResNet-50"  # configs/selfsup/byol/README.md
 class Evaluation:
     """A published linear evaluation and what came of it."""
 
-    source: str
+    origin: str  # where it is published
     protocol: Protocol
     views: str  # of VIEWS
     stages: bool  # a head for each stage; else one for the pooled feature
@@ -116,18 +114,20 @@ FLAG = {name: name for name in HELP} | {"batch_size": "total_batch"}
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, protocol = parse(argv)
+    args, protocol, machine = parse(argv)
     evaluation = EVALUATIONS[args.protocol]
     train, test = open_images(args.data)
     net, facts = open_backbone(args)
-    stages = stages_of(net, args) if evaluation.stages else None
+    stages = stages_of(net, args.stages, args.protocol, args.model) if evaluation.stages else None
     view, look = views(args.views or evaluation.views, facts, whole=train[0].size is not None)
     training, testing = Labelled(train[0], view, train[1]), Labelled(test[0], look, test[1])
     tell(f"{len(training)} images to train on, {len(testing)} to test on; {args.protocol} is "
-         f"{evaluation.source}")  # fmt: skip
+         f"{evaluation.origin}")  # fmt: skip
     try:
-        backbone = Backbone(net.eval(), stages, facts, args)
-        probe = (cached if args.cached else online)(backbone, training, testing, protocol, args)
+        backbone = Backbone(net.eval(), stages, facts.image_size, machine)
+        probe = (cached if args.cached else online)(
+            backbone, training, testing, protocol, machine, args
+        )
     except ValueError as error:
         fail(str(error))
     if rank() == 0:
@@ -137,39 +137,39 @@ def main(argv: list[str] | None = None) -> None:
 
 def online(
     backbone: "Backbone", training: Labelled, testing: Labelled, protocol: Protocol,
-    args: argparse.Namespace,
+    machine: Machine, args: argparse.Namespace,
 ) -> Probe:  # fmt: skip
     """The published evaluation: new crops in every epoch; goes on from OUTPUT/last.pt."""
     classes, held_out = int(training.labels.max()) + 1, None
     if args.held_out:
-        training, held_out = apart(training, testing.transform, args)
+        training, held_out = apart(training, testing.transform, args.held_out, args.seed)
     protocol = replace(protocol, batch_size=min(protocol.batch_size, len(training)))
-    example = backbone(testing[0][0][None].to(args.device))
-    heads = LinearHeads(example, classes, protocol, seed=args.seed, dtype=DTYPES[args.dtype])
-    loader, tests = training_loader(training, protocol.batch_size, args), test_loader(testing, args)
-    path, now = args.output / "last.pt", identity(len(training), args)
-    with the_only_run(args.output, rank()):
-        state, done = saved(path, now), 0
+    example = backbone(testing[0][0][None].to(machine.device))
+    heads = LinearHeads(example, classes, protocol, seed=args.seed, dtype=machine.dtype)
+    loader = training_loader(training, protocol.batch_size, args.seed, machine)
+    tests = machine.share_loader(testing)
+    now = identity(vars(args), len(training))
+    last = LastState(args.output / "last.pt", now, {"heads": heads})
+    with the_only_run(args.output):
+        state, done = last.restore(), 0
         if state:
-            tell(f"goes on from {path}")
-            heads.load_state_dict(state["heads"])
+            tell(f"goes on from {last.path}")
             done = state["epoch"]
         steps = len(loader)
         journal = Journal(args.output, rank() == 0, done * steps, protocol.epochs * steps,
                           protocol.batch_size)  # fmt: skip
         for epoch in range(done, protocol.epochs):
-            loader.batch_sampler.epoch = epoch
+            loader.batch_sampler.only(epoch)
             losses = train_epoch(heads, backbone, Watched(loader, journal), epoch)
             figures = named("loss", losses, heads)
             if (epoch + 1) % args.eval_every == 0 and epoch + 1 < protocol.epochs:
                 figures |= named("top1", accuracy(heads, backbone, tests)[0], heads)
             journal.figures((epoch + 1) * steps, {"epoch": epoch + 1, **figures})
-            parts = {"identity": now, "epoch": epoch + 1, "heads": dict(heads.state_dict())}
-            keep(parts, path)
+            last.save(epoch=epoch + 1)
         top1, top5 = accuracy(heads, backbone, tests)
         chooses = None
         if held_out:
-            chooses, _ = accuracy(heads, backbone, test_loader(held_out, args))
+            chooses, _ = accuracy(heads, backbone, machine.share_loader(held_out))
         journal.figures(protocol.epochs * steps, named("top1", top1, heads))
         journal.close()
     return Probe(heads.stages, protocol.lrs, top1, top5, chooses, heads)
@@ -177,34 +177,28 @@ def online(
 
 def cached(
     backbone: "Backbone", training: Labelled, testing: Labelled, protocol: Protocol,
-    args: argparse.Namespace,
+    machine: Machine, args: argparse.Namespace,
 ) -> Probe:  # fmt: skip
     """Heads on the features of the test view of every image: minutes instead of epochs of crops."""
     both = []
     for images in (replace(training, transform=testing.transform), testing):
-        features, labels = extract_features(
-            backbone.net, image_loader(shard(images), args), stages=backbone.stages,
-            device=args.device, dtype=DTYPES[args.dtype], progress=True,
-        )  # fmt: skip
+        features, labels = machine.features(backbone.net, images, stages=backbone.stages)
         both += [backbone.shaped(features), labels]
     return linear_probe(
-        *both, protocol=protocol, held_out=args.held_out, seed=args.seed, device=args.device,
-        dtype=DTYPES[args.dtype], progress=rank() == 0,
+        *both, protocol=protocol, held_out=args.held_out, seed=args.seed, device=machine.device,
+        dtype=machine.dtype, progress=rank() == 0,
     )  # fmt: skip
 
 
 def apart(
-    training: Labelled, look: Transform, args: argparse.Namespace
+    training: Labelled, look: Transform, share: float, seed: int
 ) -> tuple[Labelled, Labelled]:
-    """The training images without a part of each class, and that part as tests see it."""
-    part = balanced(training.labels, 100 * args.held_out, args.seed)
+    """The training images without a share of each class, and that share as tests see it."""
+    part = balanced(training.labels, 100 * share, seed)
     assert training.indices is not None
-    numbers = training.indices
-    kept = torch.ones(len(numbers), dtype=torch.bool)
-    kept[part] = False
-    return replace(training, indices=numbers[kept.numpy()]), replace(
-        training, transform=look, indices=numbers[part]
-    )
+    kept = np.delete(training.indices, part)
+    left = replace(training, transform=look, indices=training.indices[part])
+    return replace(training, indices=kept), left
 
 
 # The backbone -----------------------------------------------------------------------------------
@@ -214,9 +208,9 @@ class Backbone:
     """Images to the features that heads are trained on: (B, D), or (B, C, cells) by stage."""
 
     def __init__(
-        self, net: nn.Module, stages: dict[str, str] | None, facts: Facts, args: argparse.Namespace
+        self, net: nn.Module, stages: dict[str, str] | None, image_size: int, machine: Machine
     ) -> None:
-        self.net, self.stages, self.size = net, stages, args.batch_size
+        self.net, self.stages, self.size = net, stages, machine.batch_size
         self.channels: dict[str, int] = {}
         handles = []
         for name, layer in (stages or {}).items():
@@ -225,7 +219,7 @@ class Backbone:
                 self.channels[name] = out.shape[1]
 
             handles.append(net.get_submodule(layer).register_forward_hook(note))
-        example = torch.zeros(2, 3, facts.image_size, facts.image_size, device=args.device)
+        example = torch.zeros(2, 3, image_size, image_size, device=machine.device)
         with torch.no_grad():
             self.read = FeatureReader(net, example, stages)
             self.read(example)
@@ -245,21 +239,23 @@ class Backbone:
         return {n: features[n].unflatten(1, (self.channels[n], -1)) for n in self.stages}
 
 
-def stages_of(net: nn.Module, args: argparse.Namespace) -> dict[str, str]:
-    """Layers by the names of the stages that get a head."""
+def stages_of(
+    net: nn.Module, wanted: list[str] | None, protocol: str, model: str
+) -> dict[str, str]:
+    """Layers by the names of the stages that get a head: the `wanted`, or all of a ResNet's."""
     try:
         known = resnet_stages(net)
     except ValueError:
         known = {}
-    names = args.stages or list(known)
+    names = wanted or list(known)
     if not names:
-        fail(f"--protocol {args.protocol} has a head for each stage of a ResNet, which --model "
-             f"{args.model} is not. Name layers that give maps, --stages stages.2 stages.3, or "
+        fail(f"--protocol {protocol} has a head for each stage of a ResNet, which --model "
+             f"{model} is not. Name layers that give maps, --stages stages.2 stages.3, or "
              "take --protocol paper or mmselfsup, one head on the pooled feature.")  # fmt: skip
     layers = dict(net.named_modules())
     for name in names:
         if known.get(name, name) not in layers:
-            fail(f"--stages {name}: {args.model} has {', '.join([*known, *list(layers)[1:12]])}, "
+            fail(f"--stages {name}: {model} has {', '.join([*known, *list(layers)[1:12]])}, "
                  "...")  # fmt: skip
     return {name: known.get(name, name) for name in names}
 
@@ -318,7 +314,7 @@ def views(kind: str, facts: Facts, whole: bool) -> tuple[Transform, Transform]:
 # Flags and figures ------------------------------------------------------------------------------
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Protocol]:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Protocol, Machine]:
     parser = argparse.ArgumentParser(
         description="Linear evaluation of a frozen backbone. The same command goes on from the "
         "last epoch that an earlier one ended.",
@@ -337,7 +333,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Protocol]:
     add("--views", choices=VIEWS,
         help=f"of the training images ({defaults(lambda e: e.views)})")  # fmt: skip
     group = parser.add_argument_group(
-        "protocol", "; ".join(f"{name} is {e.source}" for name, e in EVALUATIONS.items())
+        "protocol", "; ".join(f"{name} is {e.origin}" for name, e in EVALUATIONS.items())
     )
     for field in fields(Protocol):
         name = field.name
@@ -353,8 +349,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Protocol]:
         group.add_argument(f"--{FLAG[name].replace('_', '-')}", default=None,
                            help=f"{HELP[name]} ({shown})", **how)  # fmt: skip
     args = parser.parse_args(argv)
-    join_processes(args)
-    check_common(args)
+    machine = set_up(args)
     if not 0 <= args.held_out < 1 or args.eval_every < 1:
         fail(f"--held-out {args.held_out}, --eval-every {args.eval_every}; expected a part in "
              "[0, 1), and at least 1.")  # fmt: skip
@@ -366,7 +361,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Protocol]:
         fail(str(error))
     if protocol.batch_size < world_size():
         fail(f"--total-batch {protocol.batch_size} is less than {world_size()} processes.")
-    return args, protocol
+    return args, protocol, machine
 
 
 def defaults(of: Any) -> str:
@@ -419,7 +414,7 @@ def report(probe: Probe, evaluation: Evaluation, facts: Facts, args: argparse.Na
         "stages": probe.stages, "lrs": probe.lrs, "chosen": probe.chosen,
         "top1": probe.top1.tolist(), "top5": probe.top5.tolist(),
         "held_out": None if probe.held_out is None else probe.held_out.tolist(),
-        "protocol": str(probe.heads.protocol), "source": evaluation.source,
+        "protocol": str(probe.heads.protocol), "source": evaluation.origin,
     }  # fmt: skip
     write_results(args, title, columns, rows, facts, more)
 

@@ -9,8 +9,9 @@ as examples/evaluate_knn.py takes them. The measures are byol_pytorch.evaluation
 
 import argparse
 import warnings
-import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,17 +21,11 @@ from parts import openmp  # noqa: F401, before torch
 
 import numpy as np
 import torch
+from parts import voc
 from parts.backbone import Facts, open_backbone
 from parts.decoding import CENTRE
-from parts.flags import DTYPES, check_common, common_flags
-from parts.labelled import (
-    Labelled,
-    Transform,
-    as_tensor,
-    evaluation_transform,
-    image_loader,
-    open_images,
-)
+from parts.flags import common_flags, set_up
+from parts.labelled import Labelled, Transform, as_tensor, evaluation_transform, open_images
 from parts.processes import fail, tell
 from parts.tables import Cell, write_results
 from PIL import Image
@@ -38,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from byol_pytorch.evaluation.features import extract_features, resnet_stages
+from byol_pytorch.evaluation.features import resnet_stages
 from byol_pytorch.evaluation.svm import (
     VOC07_COSTS,
     VOC07_SHOTS,
@@ -57,6 +52,8 @@ PUBLISHED_SVM = 86.31
 PUBLISHED_LOW_SHOT = dict(
     zip(VOC07_SHOTS, (45.37, 56.83, 68.47, 74.12, 78.30, 81.53, 83.56, 84.73), strict=True)
 )
+
+View = Callable[[bool], Transform]  # of images that are all of one size, or are not
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -92,14 +89,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check_common(args)
-    folder = voc_folder(args.data)
+    machine = set_up(args, join=False)
+    folder = voc.find_year(args.data, "VOC2007", "Main")
     net, facts = open_backbone(args)
     stages = find_stages(net)
     layers = args.layers or list(stages) or ["pooled"]
     check(args, layers, stages)
-    opened = open_voc(args, folder, facts) if folder else open_classes(args, facts)
-    train, test, classes = opened
+    view = partial(transform, args.framing, facts)
+    counts = (args.train_images, args.test_images)
+    if folder:
+        splits = (args.train_split, args.test_split)
+        train, test, classes = open_voc(folder, splits, args.classes, counts, args.seed, view)
+    else:
+        train, test, classes = open_classes(args.data, counts, args.seed, view)
     few, many = train.labels, test.labels
     tell(f"{len(few)} images to train on, {len(many)} to test on, {len(classes)} classes")
     svm, low_shot = {}, {}
@@ -107,43 +109,28 @@ def main(argv: list[str] | None = None) -> None:
         if args.low_shot != "none":
             low_shot_sample(few, max(args.shots))  # refuses what low_shot_map would, at once
         read = {name: stages[name] for name in layers if name in stages}
-        features, tests = (
-            extract_features(
-                net,
-                image_loader(part, args),
-                stages=read,
-                device=args.device,
-                dtype=DTYPES[args.dtype],
-                memmap=args.memmap and args.memmap / name,
-                progress=True,
-            )
+        (features, labels), (tests, truth) = (
+            machine.features(net, part, stages=read, memmap=args.memmap and args.memmap / name)
             for name, part in (("train", train), ("test", test))
         )
         settings = {
-            "costs": args.costs,
-            "metric": args.metric,
-            "positive_weight": args.positive_weight,
-            "tol": args.tol,
-            "max_iter": args.max_iter,
-            "seed": args.seed,
-            "n_jobs": args.jobs,
+            "costs": args.costs, "metric": args.metric, "positive_weight": args.positive_weight,
+            "tol": args.tol, "max_iter": args.max_iter, "seed": args.seed, "n_jobs": args.jobs,
             "progress": True,
-        }
-
-        def data(layer: str) -> tuple[Any, Any, Any, Any]:
-            return features[0][layer], features[1], tests[0][layer], tests[1]
-
+        }  # fmt: skip
         for layer in layers:
             svm[layer] = svm_map(
-                *data(layer), folds=args.folds, train_on_ignored=not args.drop_difficult, **settings
-            )
+                features[layer], labels, tests[layer], truth, folds=args.folds,
+                train_on_ignored=not args.drop_difficult, **settings,
+            )  # fmt: skip
             tell(f"{layer}: mAP {100 * svm[layer].mean_ap:.2f} %")
         best = max(layers, key=lambda layer: svm[layer].mean_ap)
         chosen = {"best": [best], "all": layers, "none": []}.get(args.low_shot, [args.low_shot])
         for layer in chosen:
             low_shot[layer] = low_shot_map(
-                *data(layer), shots=args.shots, samplings=args.samplings, **settings
-            )
+                features[layer], labels, tests[layer], truth, shots=args.shots,
+                samplings=args.samplings, **settings,
+            )  # fmt: skip
     except ValueError as error:
         fail(str(error))
     chance = float(np.mean([(t == 1).sum() / (t != -1).sum() for t in one_hot(many).T]))
@@ -241,7 +228,7 @@ def transform(framing: str, facts: Facts, whole: bool) -> Transform:
     """
     size = facts.image_size
     if framing == "centre":
-        return evaluation_transform(facts, 1.0 if whole else CENTRE)
+        return evaluation_transform(facts, whole)
     first = [] if whole else [v2.Resize(round(size / CENTRE))]
     return v2.Compose([*first, v2.Resize((size, size)), *as_tensor(facts)])
 
@@ -267,41 +254,39 @@ class VOCImages(Dataset[tuple[Tensor, Tensor]]):
         return self.transform(image), torch.from_numpy(self.labels[index])
 
 
-def open_classes(args: argparse.Namespace, facts: Facts) -> tuple[Labelled, Labelled, list[str]]:
-    parts = []
-    for (source, indices), count in zip(open_images(args.data), counts(args), strict=True):
-        view = transform(args.framing, facts, whole=source.size is not None)
-        parts.append(Labelled(source, view, indices[draw(len(indices), count, args.seed)]))
-    train, test = parts
+def open_classes(
+    data: Path, counts: tuple[int | None, int | None], seed: int, view: View
+) -> tuple[Labelled, Labelled, list[str]]:
+    """Training and test images of one class each, at most `counts` of them, and the classes."""
+    train, test = (
+        Labelled(source, view(source.size is not None), indices[draw(len(indices), count, seed)])
+        for (source, indices), count in zip(open_images(data), counts, strict=True)
+    )
     return train, test, [str(c) for c in range(max(train.labels.max(), test.labels.max()) + 1)]
 
 
 def open_voc(
-    args: argparse.Namespace, folder: Path, facts: Facts
-) -> tuple[VOCImages, VOCImages, list[str]]:
-    splits = args.train_split, args.test_split
-    names = [split_names(folder, split) for split in splits]
+    folder: Path, splits: tuple[str, str], wanted: list[str] | None,
+    counts: tuple[int | None, int | None], seed: int, view: View,
+) -> tuple[VOCImages, VOCImages, list[str]]:  # fmt: skip
+    """The same of the lists `splits` of a VOC folder, of the `wanted` classes or of all."""
+    names = [read_names(folder, split) for split in splits]
     tables = [class_lists(folder, split) for split in splits]
     if not all(tables):
         tables = [annotated(folder, part) for part in names]
     classes = sorted(set(tables[0]) | set(tables[1]))
-    wanted = args.classes or classes
+    wanted = wanted or classes
     for name in wanted:
         if any(name not in table for table in tables):
             fail(f"{folder} has no class {name} in both {' and '.join(splits)}; it has "
                  f"{', '.join(classes)}.")  # fmt: skip
     parts = []
-    for all_names, table, count in zip(names, tables, counts(args), strict=True):
-        part = [all_names[i] for i in draw(len(all_names), count, args.seed)]
+    for all_names, table, count in zip(names, tables, counts, strict=True):
+        part = [all_names[i] for i in draw(len(all_names), count, seed)]
         # What a list leaves out is ignored, as in create_voc_data_files.py.
         marks = [[table[c].get(name, -1) for c in wanted] for name in part]
-        view = transform(args.framing, facts, whole=False)
-        parts.append(VOCImages(folder, part, np.array(marks, np.int8), view))
+        parts.append(VOCImages(folder, part, np.array(marks, np.int8), view(False)))
     return parts[0], parts[1], wanted
-
-
-def counts(args: argparse.Namespace) -> tuple[int | None, int | None]:
-    return args.train_images, args.test_images
 
 
 def draw(total: int, count: int | None, seed: int) -> np.ndarray:
@@ -309,18 +294,11 @@ def draw(total: int, count: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(total)[:count])
 
 
-def voc_folder(data: Path) -> Path | None:
-    places = (data, data / "VOC2007", data / "VOCdevkit" / "VOC2007")
-    return next((place for place in places if (place / "ImageSets" / "Main").is_dir()), None)
-
-
-def split_names(folder: Path, split: str) -> list[str]:
+def read_names(folder: Path, split: str) -> list[str]:
     path = folder / "ImageSets" / "Main" / f"{split}.txt"
-    if not path.is_file():
-        there = sorted(p.stem for p in path.parent.glob("*.txt") if "_" not in p.stem)
-        fail(f"{path} is not there; the splits are {', '.join(there) or 'missing'}. "
-             "Choose by --train-split and --test-split.")  # fmt: skip
-    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    there = sorted(p.stem for p in path.parent.glob("*.txt") if "_" not in p.stem)
+    return voc.read_list(path, f"not there; the splits are {', '.join(there) or 'missing'}. "
+                         "Choose by --train-split and --test-split.")  # fmt: skip
 
 
 def class_lists(folder: Path, split: str) -> dict[str, dict[str, int]]:
@@ -339,15 +317,9 @@ def annotated(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
     """The same from the objects in the annotations; ignored: all of a class are difficult."""
     tables: dict[str, dict[str, int]] = {}
     for name in names:
-        path = folder / "Annotations" / f"{name}.xml"
-        try:
-            objects = ET.parse(path).getroot().iter("object")
-        except (OSError, ET.ParseError) as error:
-            fail(f"{path} cannot be read: {error}")
-        for item in objects:
-            table = tables.setdefault(item.findtext("name", ""), dict.fromkeys(names, 0))
-            sure = item.findtext("difficult", "0").strip() != "1"
-            table[name] = 1 if sure or table[name] == 1 else -1
+        for label, difficult, _ in voc.read_objects(folder / "Annotations" / f"{name}.xml"):
+            table = tables.setdefault(label, dict.fromkeys(names, 0))
+            table[name] = 1 if not difficult or table[name] == 1 else -1
     return tables
 
 

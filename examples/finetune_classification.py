@@ -9,9 +9,8 @@ From a checkpoint, or without one from random weights. The data are evaluate_lin
 
 import argparse
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,9 @@ from parts import openmp  # noqa: F401, before torch
 # isort: split
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from parts.backbone import Facts, open_backbone
-from parts.batches import seed_of
-from parts.finetuning import autocast
-from parts.flags import add_flags, check_common, common_flags, flag
+from parts.flags import add_flags, common_flags, flag, set_up, with_flags
 from parts.journal import Journal
 from parts.labelled import (
     Labelled,
@@ -33,22 +29,31 @@ from parts.labelled import (
     evaluation_images,
     listed,
     open_images,
-    test_loader,
     training_loader,
     training_transform,
 )
-from parts.processes import fail, join_processes, leave_processes, parallel, rank, tell, world_size
-from parts.resume import identity, keep, saved, the_only_run
+from parts.machine import Machine
+from parts.order import seed_of
+from parts.processes import (
+    fail,
+    leave_processes,
+    parallel,
+    rank,
+    summed,
+    synchronised,
+    tell,
+    world_size,
+)
+from parts.resume import LastState, identity, the_only_run
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from byol_pytorch.heads import sync_batchnorm
 from byol_pytorch.optim import scaled_lr, warmup_cosine
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FineTuningRecipe:
     """SGD without warm-up on crops and flips. The defaults: epochs, batch and the middle of the
     rates and multipliers of MMSelfSup; Nesterov, cosine and no decay of the paper."""
 
@@ -71,21 +76,21 @@ class Recipe:
 
 # MMSelfSup, configs/benchmarks/classification/imagenet/imagenet_{1,10}percent/
 # resnet50_head{1,10,100}_4xb64-steplr{1e-1,1e-2,1e-3}-20e_in1k-{1,10}pct.
-MMSELFSUP_10 = Recipe(nesterov=False, weight_decay=1e-4, milestones=(12, 16), gamma=0.2)
+MMSELFSUP_10 = FineTuningRecipe(nesterov=False, weight_decay=1e-4, milestones=(12, 16), gamma=0.2)
 RECIPES = {
-    "semi-supervised": Recipe(),
+    "semi-supervised": FineTuningRecipe(),
     "mmselfsup-1": replace(MMSELFSUP_10, weight_decay=5e-4),
     "mmselfsup-10": MMSELFSUP_10,
     # arXiv 2006.07733, appendix C.1: rates 0.005, 0.01, 0.02, 0.05 and 0.1, and 30 and 50 epochs,
     # chosen on held-out training images; cosine as in DeepMind's byol/eval_experiment.py.
-    "paper": Recipe(epochs=30, total_batch=1024, base_lr=0.02, head_multiplier=1.0),
+    "paper": FineTuningRecipe(epochs=30, total_batch=1024, base_lr=0.02, head_multiplier=1.0),
 }
 # The paper's tables 2 and 8: ResNet-50 pre-trained for 1000 epochs, top-1 and top-5 on ImageNet.
 PUBLISHED = {1: (53.2, 78.4), 10: (68.8, 89.0), 100: (77.7, 93.9)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, recipe = parse(argv)
+    args, recipe, machine = parse(argv)
     (source, numbers), test = open_images(args.data)
     classes = int(source.labels[numbers].max()) + 1
     if args.label_list:
@@ -98,16 +103,16 @@ def main(argv: list[str] | None = None) -> None:
     recipe = replace(recipe, total_batch=min(recipe.total_batch, len(training)))
     tell(f"{len(training)} labelled images of {classes} classes, {len(testing)} to test on, "
          f"{recipe}")  # fmt: skip
-    classifier = Classifier(net, classes, facts.image_size).to(args.device)
-    history = fine_tune(classifier, training, testing, recipe, args)
+    classifier = Classifier(net, classes, facts.image_size).to(machine.device)
+    history = fine_tune(classifier, training, testing, recipe, machine, args)
     if rank() == 0:
         report(history, len(training), facts, args)
     leave_processes()
 
 
 def fine_tune(
-    net: "Classifier", training: Labelled, testing: Labelled, recipe: Recipe,
-    args: argparse.Namespace,
+    net: "Classifier", training: Labelled, testing: Labelled, recipe: FineTuningRecipe,
+    machine: Machine, args: argparse.Namespace,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train; the figures of each epoch. Goes on from OUTPUT/last.pt, with the same images."""
     if world_size() > 1:
@@ -119,24 +124,22 @@ def fine_tune(
     ]
     optimizer = torch.optim.SGD(groups, lr, recipe.momentum, weight_decay=recipe.weight_decay,
                                 nesterov=recipe.nesterov)  # fmt: skip
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.dtype == "fp16")
-    parts: dict[str, Any] = {"model": net, "optimizer": optimizer, "scaler": scaler}
-    loader, tests = training_loader(training, recipe.total_batch, args), test_loader(testing, args)
-    steps, path, now = len(loader), args.output / "last.pt", identity(len(training), args)
-    with the_only_run(args.output, rank()):
-        state, history = saved(path, now), []
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype is torch.float16)
+    parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
+    last = LastState(args.output / "last.pt", identity(vars(args), len(training)), parts)
+    loader = training_loader(training, recipe.total_batch, args.seed, machine)
+    tests, steps = machine.share_loader(testing), len(loader)
+    with the_only_run(args.output):
+        state = last.restore()
+        history = state["history"] if state else []
         if state:
-            tell(f"goes on from {path}")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            history = state["history"]
-        step = len(history) * steps
-        total = recipe.epochs * steps
+            tell(f"goes on from {last.path}")
+        step, total = len(history) * steps, recipe.epochs * steps
         journal = Journal(args.output, rank() == 0, step, total, recipe.total_batch)
-        model = parallel(net, args)
+        model = parallel(net, machine.device)
         for epoch in range(len(history), recipe.epochs):
-            loader.batch_sampler.epoch = epoch
-            losses = torch.zeros((), device=args.device)
+            loader.batch_sampler.only(epoch)
+            losses = torch.zeros((), device=machine.device)
             net.train()
             for images, labels in loader:
                 factor = rate(recipe, step, steps)
@@ -144,8 +147,8 @@ def fine_tune(
                     group["lr"] = lr * factor * group["scale"]
                 torch.manual_seed(seed_of(args.seed, rank(), step))  # dropout and its like
                 optimizer.zero_grad()
-                for x, y, share, last in passes(images, labels, args):
-                    with synchronised(model, last), autocast(args):
+                for x, y, share, final in passes(images, labels, machine):
+                    with synchronised(model, final), machine.autocast():
                         loss = F.cross_entropy(model(x), y) * share
                         scaler.scale(loss).backward()
                     losses += loss.detach()
@@ -153,19 +156,19 @@ def fine_tune(
                 scaler.update()
                 step += 1
                 journal.advance()
-            top1, top5 = evaluate(net, tests, args)
-            figures = {"loss": mean(losses).item() / steps, "lr": lr * factor}
-            if not math.isfinite(figures["loss"]):
-                fail(f"the loss is {figures['loss']} in epoch {epoch + 1}: lower --base-lr.")
-            history.append({"epoch": epoch + 1, "top1": top1, "top5": top5, **figures})
+            top1, top5 = evaluate(net, tests, machine)
+            loss = summed(losses).item() / world_size() / steps
+            if not math.isfinite(loss):
+                fail(f"the loss is {loss} in epoch {epoch + 1}: lower --base-lr.")
+            figures = {"epoch": epoch + 1, "top1": top1, "top5": top5}
+            history.append({**figures, "loss": loss, "lr": lr * factor})
             journal.figures(step, history[-1])
-            state = {name: dict(part.state_dict()) for name, part in parts.items()}
-            keep({"identity": now, "history": history, **state}, path)
+            last.save(history=history)
         journal.close()
     return history
 
 
-def rate(recipe: Recipe, step: int, steps: int) -> float:
+def rate(recipe: FineTuningRecipe, step: int, steps: int) -> float:
     """What learning rates are multiplied by at a step, with `steps` in an epoch."""
     if recipe.milestones:
         return recipe.gamma ** sum(step >= at * steps for at in recipe.milestones)
@@ -173,43 +176,32 @@ def rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def passes(
-    images: Tensor, labels: Tensor, args: argparse.Namespace
+    images: Tensor, labels: Tensor, machine: Machine
 ) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
-    """This rank's images of a step in parts of at most --batch-size: what part, and the last?"""
-    parts = list(zip(images.split(args.batch_size), labels.split(args.batch_size), strict=True))
+    """This rank's images of a step in parts of at most --batch-size.
+
+    Each part is its images, its labels, its share of the step and whether it is the last.
+    """
+    size = machine.batch_size
+    parts = list(zip(images.split(size), labels.split(size), strict=True))
     for number, (x, y) in enumerate(parts, 1):
-        x, y = (t.to(args.device, non_blocking=True) for t in (x, y))
+        x, y = (t.to(machine.device, non_blocking=True) for t in (x, y))
         yield x, y, len(y) / len(labels), number == len(parts)
 
 
-def synchronised(model: Any, last: bool) -> AbstractContextManager[Any]:
-    """Gradients are averaged over the ranks in the last pass of a step alone."""
-    return model.no_sync() if hasattr(model, "no_sync") and not last else nullcontext()
-
-
 @torch.no_grad()
-def evaluate(
-    net: nn.Module, tests: DataLoader[Any], args: argparse.Namespace
-) -> tuple[float, float]:
+def evaluate(net: nn.Module, tests: Iterable[Any], machine: Machine) -> tuple[float, float]:
     """Top-1 and top-5 in [0, 1] over the images of all ranks."""
     net.eval()
-    right = torch.zeros(3, dtype=torch.float64, device=args.device)
+    right = torch.zeros(3, dtype=torch.float64, device=machine.device)
     for images, labels in tests:
-        with autocast(args):
-            logits = net(images.to(args.device, non_blocking=True))
+        with machine.autocast():
+            logits = net(images.to(machine.device, non_blocking=True))
         best = logits.topk(min(5, logits.shape[1])).indices
-        hits = best == labels.to(args.device)[:, None]
+        hits = best == labels.to(machine.device)[:, None]
         right += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels))])
-    if world_size() > 1:
-        dist.all_reduce(right)
-    first, five, count = right.tolist()
+    first, five, count = summed(right).tolist()
     return first / count, five / count
-
-
-def mean(value: Tensor) -> Tensor:
-    if world_size() > 1:
-        dist.all_reduce(value)
-    return value / world_size()
 
 
 class Classifier(nn.Module):
@@ -243,7 +235,7 @@ def headless(net: nn.Module) -> nn.Module:
 # Flags and figures ------------------------------------------------------------------------------
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, FineTuningRecipe, Machine]:
     parser = argparse.ArgumentParser(
         description="Fine-tune a backbone on all labels or a few. The same command goes on from "
         "the last epoch that an earlier one ended.",
@@ -256,14 +248,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
         help="instead: a file with an image on each line, as the lists of ImageNet's 1 and 10 "
         "percent")  # fmt: skip
     add("--recipe", choices=RECIPES, default="semi-supervised", help="what the rest defaults to")
-    group = parser.add_argument_group("recipe", Recipe.__doc__)
+    group = parser.add_argument_group("recipe", FineTuningRecipe.__doc__)
     add_flags(group, RECIPES)
     args = parser.parse_args(argv)
-    join_processes(args)
-    check_common(args)
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
-    given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
-    recipe = replace(RECIPES[args.recipe], **given)
+    machine = set_up(args)
+    recipe = with_flags(RECIPES[args.recipe], args)
     if not 0 < args.labels <= 100:
         fail(f"--labels {args.labels:g}; expected a percentage above 0 and up to 100.")
     for name, least in (("epochs", 1), ("total_batch", world_size()), ("base_lr", 0),
@@ -272,7 +261,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Recipe]:
             fail(f"--{name.replace('_', '-')} {getattr(recipe, name)}; expected {least} or more.")
     if not 0 <= recipe.momentum < 1 or (recipe.nesterov and not recipe.momentum):
         fail(f"--momentum {recipe.momentum}; expected it in [0, 1), and above 0 for --nesterov.")
-    return args, recipe
+    return args, recipe, machine
 
 
 def report(

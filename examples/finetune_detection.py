@@ -15,7 +15,7 @@ import argparse
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from parts import openmp  # noqa: F401, before torch
@@ -27,16 +27,17 @@ import torch.distributed as dist
 from parts.backbone import Facts, open_backbone
 from parts.boxes import (
     Annotated,
+    BoxedImages,
     PlainImages,
     Result,
-    TrainingImages,
     as_results,
     coco_ap,
     open_detection,
     voc_ap,
 )
-from parts.finetuning import Figures, autocast, evaluation_loader, fine_tune
-from parts.flags import flag, parse, protocol_parser
+from parts.finetuning import Figures, check_shares, fine_tune, one_by_one, save_rows
+from parts.flags import check_at_least, flag, parse_protocol, protocol_parser, set_up
+from parts.machine import Machine
 from parts.processes import fail, leave_processes, rank, tell, world_size
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
@@ -47,8 +48,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign, roi_align
-from torchvision.transforms.v2 import functional as F
-from torchvision.utils import draw_bounding_boxes, make_grid, save_image
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -56,7 +56,9 @@ PICTURES, SURE = 4, 0.5  # images of OUTPUT/predictions.png, and the score of th
 
 
 @dataclass(frozen=True)
-class Protocol:
+class DetectionProtocol:
+    """A detector, how it is trained and how it is tested."""
+
     detector: str = flag("c4: stages 1 to 3, the 4th as box head (res5) with an extra norm; fpn: "
                          "feature pyramid, 4conv1fc box head; mask-fpn: and masks")  # fmt: skip
     measure: str = flag("voc: 11-point mAP; coco: COCO's AP")
@@ -81,7 +83,7 @@ class Protocol:
     detections: int = flag("of each image, at most [the same]")
 
 
-VOC_C4 = Protocol(
+VOC_C4 = DetectionProtocol(
     detector="c4", measure="voc", iterations=24_000, lr_steps=(18_000, 22_000), warmup=100,
     batch_size=16, base_lr=0.02, momentum=0.9, weight_decay=1e-4,
     train_sizes=tuple(range(480, 801, 32)), image_size=800, long_edge=1333,
@@ -111,74 +113,78 @@ PUBLISHED: dict[str, list[Cell]] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    masks = args.detector == "mask-fpn"
+    args, protocol = parse_arguments(argv)
+    machine = set_up(args)
+    check_shares(protocol.batch_size)
+    masks = protocol.detector == "mask-fpn"
     train, test = open_detection(args.data, args.classes, masks)
     net, facts = open_backbone(args)
-    detector = build_detector(net, facts, len(train.classes), args)
-    images = TrainingImages(train, masks, args.seed)
+    detector = build_detector(net, facts, len(train.classes), protocol)
+    images = BoxedImages(train, masks, args.seed)
     tell(f"{len(images)} images to train on, {len(test.images)} to test on, classes: "
          f"{', '.join(train.classes)}")  # fmt: skip
     history = fine_tune(
-        detector, images, list_of_each, partial(learning_rate, args=args),
-        partial(evaluate, detector, test, args), args,
+        detector, images, list_of_each, lambda step: learning_rate(step, protocol),
+        lambda: evaluate(detector, test, protocol, machine, args.output), protocol, machine, args,
     )  # fmt: skip
     if rank() == 0:
-        report(history, test, facts, args)
+        report(history, test, facts, protocol, args)
     leave_processes()
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
+def learning_rate(step: int, protocol: DetectionProtocol) -> float:
     """Linear warm-up from a thousandth, and a tenth after each of the steps."""
-    rate = args.base_lr * args.batch_size / 16
-    if step < args.warmup:
-        rate *= 0.001 + 0.999 * step / args.warmup
-    return float(rate * 0.1 ** sum(step >= s for s in args.lr_steps))
+    rate = protocol.base_lr * protocol.batch_size / 16
+    if step < protocol.warmup:
+        rate *= 0.001 + 0.999 * step / protocol.warmup
+    return float(rate * 0.1 ** sum(step >= s for s in protocol.lr_steps))
 
 
 def list_of_each(samples: list[Any]) -> tuple[list[Any], ...]:
     return tuple(map(list, zip(*samples, strict=True)))
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, DetectionProtocol]:
     parser = protocol_parser("Fine-tune a ResNet for detection.", PROTOCOLS)
-    args, given = parse(parser, PROTOCOLS, argv)
+    args, protocol = parse_protocol(parser, PROTOCOLS, argv)
     for name, allowed in (("detector", ("c4", "fpn", "mask-fpn")), ("measure", ("voc", "coco"))):
-        if getattr(args, name) not in allowed:
-            fail(f"--{name} {getattr(args, name)} is none of {', '.join(allowed)}.")
-    if args.detector == "mask-fpn" and args.measure == "voc":
+        if getattr(protocol, name) not in allowed:
+            fail(f"--{name} {getattr(protocol, name)} is none of {', '.join(allowed)}.")
+    if protocol.detector == "mask-fpn" and protocol.measure == "voc":
         fail("--measure voc is of boxes alone: give --measure coco with --detector mask-fpn.")
-    if args.detector != "c4" and len(args.anchors) != 5:
-        fail(f"--anchors has {len(args.anchors)} values; expected 5, one a level of the pyramid.")
-    for name in ("train_sizes", "long_edge", "anchors", "regions", "proposals", "detections"):
-        value = getattr(args, name)
-        if min(value if isinstance(value, tuple) else (value,)) < 1:
-            fail(f"--{name.replace('_', '-')} {value}; expected at least 1.")
-    if "lr_steps" not in given:
-        whole = PROTOCOLS[args.protocol].iterations
-        args.lr_steps = tuple(round(s * args.iterations / whole) for s in args.lr_steps)
-    return args
+    if protocol.detector != "c4" and len(protocol.anchors) != 5:
+        fail(f"--anchors has {len(protocol.anchors)} values; expected 5, one a level of the "
+             "pyramid.")  # fmt: skip
+    names = ("train_sizes", "long_edge", "anchors", "regions", "proposals", "detections")
+    check_at_least(1, protocol, *names)
+    if args.lr_steps is None:
+        scale = protocol.iterations / PROTOCOLS[args.protocol].iterations
+        steps = tuple(round(step * scale) for step in protocol.lr_steps)
+        protocol = replace(protocol, lr_steps=steps)
+    vars(args).update(vars(protocol))  # what the flags came to
+    return args, protocol
 
 
 # The detector -----------------------------------------------------------------------------------
 
 
 def build_detector(
-    net: nn.Module, facts: Facts, classes: int, args: argparse.Namespace
+    net: nn.Module, facts: Facts, classes: int, protocol: DetectionProtocol
 ) -> FasterRCNN:
     """torchvision's detector of `classes` classes and the background, around `net`'s stages."""
-    channels, strides = stages(net, args)
+    channels, strides = stages(net, facts.model)
     shared: dict[str, Any] = {
-        "min_size": args.train_sizes, "max_size": args.long_edge, "image_mean": facts.mean,
-        "image_std": facts.std, "box_batch_size_per_image": args.regions,
-        "rpn_post_nms_top_n_test": args.proposals, "box_detections_per_img": args.detections,
-        **PROPOSALS["c4" if args.detector == "c4" else "fpn"],
+        "min_size": protocol.train_sizes, "max_size": protocol.long_edge, "image_mean": facts.mean,
+        "image_std": facts.std, "box_batch_size_per_image": protocol.regions,
+        "rpn_post_nms_top_n_test": protocol.proposals,
+        "box_detections_per_img": protocol.detections,
+        **PROPOSALS["c4" if protocol.detector == "c4" else "fpn"],
     }  # fmt: skip
-    if args.detector == "c4":
+    if protocol.detector == "c4":
         body = IntermediateLayerGetter(net, {"layer3": "0"})
         body.out_channels = channels[2]
         detector = FasterRCNN(
-            body, rpn_anchor_generator=AnchorGenerator((args.anchors,), (RATIOS,)),
+            body, rpn_anchor_generator=AnchorGenerator((protocol.anchors,), (RATIOS,)),
             box_roi_pool=Regions(["0"], 14, strides[2:3]), box_head=last_stage(net, channels[3]),
             box_predictor=FastRCNNPredictor(channels[3], classes + 1), **shared,
         )  # fmt: skip
@@ -188,12 +194,12 @@ def build_detector(
             norm_layer=nn.BatchNorm2d,
         )  # fmt: skip
         shared |= {
-            "rpn_anchor_generator": AnchorGenerator([(a,) for a in args.anchors], [RATIOS] * 5),
+            "rpn_anchor_generator": AnchorGenerator([(a,) for a in protocol.anchors], [RATIOS] * 5),
             "box_roi_pool": Regions(["0", "1", "2", "3"], 7, strides),
             "box_head": FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], nn.BatchNorm2d),
             "box_predictor": FastRCNNPredictor(1024, classes + 1),
         }
-        if args.detector == "fpn":
+        if protocol.detector == "fpn":
             detector = FasterRCNN(body, **shared)
         else:
             detector = MaskRCNN(
@@ -210,14 +216,14 @@ def build_detector(
 
 
 @torch.no_grad()
-def stages(net: nn.Module, args: argparse.Namespace) -> tuple[list[int], list[int]]:
+def stages(net: nn.Module, model: str) -> tuple[list[int], list[int]]:
     """The channels and the strides of layer1 to layer4."""
     missing = [name for name in STAGES if not hasattr(net, name)]
     if missing:
-        fail(f"--model {args.model} has no {', '.join(missing)}; expected a ResNet of timm or "
+        fail(f"--model {model} has no {', '.join(missing)}; expected a ResNet of timm or "
              "torchvision.")  # fmt: skip
     body = IntermediateLayerGetter(net, {name: name for name in STAGES}).eval()
-    maps = body(torch.zeros(1, 3, 128, 128, device=args.device))
+    maps = body(torch.zeros(1, 3, 128, 128, device=next(net.parameters()).device))
     return [m.shape[1] for m in maps.values()], [128 // m.shape[2] for m in maps.values()]
 
 
@@ -259,15 +265,21 @@ class Regions(MultiScaleRoIAlign):
 # Testing ----------------------------------------------------------------------------------------
 
 
-def evaluate(detector: FasterRCNN, test: Annotated, args: argparse.Namespace) -> Figures:
+def evaluate(
+    detector: FasterRCNN,
+    test: Annotated,
+    protocol: DetectionProtocol,
+    machine: Machine,
+    output: Path,
+) -> Figures:
     """The figures of the test images in percent, on rank 0; and OUTPUT/predictions.png."""
-    sizes, detector.transform.min_size = detector.transform.min_size, (args.image_size,)
+    sizes, detector.transform.min_size = detector.transform.min_size, (protocol.image_size,)
     results: list[Result] = []
-    loader = evaluation_loader(PlainImages(test), args)
+    loader = one_by_one(PlainImages(test), machine)
     for picture, image in tqdm(loader, "test", leave=False, disable=None if rank() == 0 else True):
-        with autocast(args):
-            output = detector([picture.to(args.device)])[0]
-        results += as_results(output, image, test.categories)
+        with machine.autocast():
+            found = detector([picture.to(machine.device)])[0]
+        results += as_results(found, image, test.categories)
     detector.transform.min_size = sizes
     if world_size() > 1:
         parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
@@ -275,17 +287,17 @@ def evaluate(detector: FasterRCNN, test: Annotated, args: argparse.Namespace) ->
         results = [result for part in parts or [] for result in part]
     if rank():
         return {}
-    draw(test, results, args)
-    if args.measure == "voc":
+    draw(test, results, output / "predictions.png")
+    if protocol.measure == "voc":
         return voc_ap(test.truth, results)
     figures = coco_ap(test.truth, results, "bbox")
-    if args.detector == "mask-fpn":
+    if protocol.detector == "mask-fpn":
         masks = coco_ap(test.truth, results, "segm")
         figures |= {f"mask {name}": value for name, value in masks.items()}
     return figures
 
 
-def draw(test: Annotated, results: list[Result], args: argparse.Namespace) -> None:
+def draw(test: Annotated, results: list[Result], path: Path) -> None:
     """The boxes of some images, true on the left, found on the right."""
     names = dict(zip(test.categories, test.classes, strict=True))
     rows = []
@@ -300,24 +312,25 @@ def draw(test: Annotated, results: list[Result], args: argparse.Namespace) -> No
             if things:
                 pair[i] = draw_bounding_boxes(picture, boxes, labels, colors=("lime", "red")[i])
         rows.append(torch.cat(pair, dim=2))
-    height, width = (max(row.shape[side] for row in rows) for side in (1, 2))
-    padded = [F.pad(row, [0, 0, width - row.shape[2], height - row.shape[1]]) for row in rows]
-    save_image(make_grid([row / 255 for row in padded], nrow=1), args.output / "predictions.png")
+    save_rows([row / 255 for row in rows], path)
 
 
-def report(history: list[Figures], test: Annotated, facts: Facts, args: argparse.Namespace) -> None:
-    if args.measure == "voc":
+def report(
+    history: list[Figures], test: Annotated, facts: Facts, protocol: DetectionProtocol,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    if protocol.measure == "voc":
         names, columns = ("AP50", "AP", "AP75"), ["AP50", "AP", "AP75"]
         title = "Detection, Faster R-CNN: VOC's 11-point mAP in %"
     else:
         names, columns = ("AP", "AP50", "AP75"), ["mAP (box)", "AP50 (box)", "AP75 (box)"]
         title = "Detection: COCO's AP in %"
-        if args.detector == "mask-fpn":
+        if protocol.detector == "mask-fpn":
             names += tuple(f"mask {name}" for name in names)
             columns += ["mAP (mask)", "AP50 (mask)", "AP75 (mask)"]
-    own = [f"{facts.model}, {facts.start}", args.detector, args.iterations]
+    own = [f"{facts.model}, {facts.start}", protocol.detector, protocol.iterations]
     rows: list[list[Cell]] = [[*own, *(history[-1][name] for name in names)]]
-    rows.append(PUBLISHED[args.measure][: len(rows[0])])
+    rows.append(PUBLISHED[protocol.measure][: len(rows[0])])
     more = {"history": history, "classes": test.classes, "test images": len(test.images)}
     write_results(args, title, ["backbone", "detector", "steps", *columns], rows, facts, more)
 

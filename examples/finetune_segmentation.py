@@ -13,7 +13,7 @@ instead of in HSV; all else follows it.
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 from parts import openmp  # noqa: F401, before torch
@@ -22,23 +22,18 @@ from parts import openmp  # noqa: F401, before torch
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from parts.backbone import Facts, open_backbone
-from parts.finetuning import Figures, autocast, evaluation_loader, fine_tune
-from parts.flags import flag, parse, protocol_parser
-from parts.masks import (
-    IGNORED,
-    Masked,
-    open_masks,
-)
-from parts.processes import fail, leave_processes, rank, tell, world_size
+from parts.finetuning import Figures, check_shares, fine_tune, one_by_one, save_rows
+from parts.flags import flag, parse_protocol, protocol_parser, set_up
+from parts.machine import Machine
+from parts.masks import IGNORED, Masked, open_masks
+from parts.processes import fail, leave_processes, rank, summed, tell, world_size
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 PICTURES = 6  # images of OUTPUT/predictions.png
@@ -46,7 +41,9 @@ CROP_ATTEMPTS = 10  # mmseg/datasets/transforms/transforms.py, RandomCrop
 
 
 @dataclass(frozen=True)
-class Protocol:
+class SegmentationProtocol:
+    """How a network is trained and tested."""
+
     iterations: int = flag("steps [MMSegmentation's schedule_20k.py, schedule_40k.py]")
     batch_size: int = flag("images of a step, over all processes [fcn_r50-d8_4xb4-20k_voc12aug-"
                            "512x512.py, fcn_r50-d8_4xb2-40k_cityscapes-769x769.py]")  # fmt: skip
@@ -70,7 +67,7 @@ class Protocol:
     stride: int = flag("of the window [the same]")
 
 
-VOC12AUG = Protocol(
+VOC12AUG = SegmentationProtocol(
     iterations=20_000, batch_size=16, lr=0.01, min_lr=1e-4, power=0.9, momentum=0.9,
     weight_decay=5e-4, image_size=512, short_edge=512, long_edge=2048, min_scale=0.5,
     max_scale=2.0, max_share=0.75, distort=True, aux_weight=0.4, dropout=0.1, align_corners=False,
@@ -88,53 +85,55 @@ PUBLISHED: list[Cell] = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args, protocol = parse_arguments(argv)
+    machine = set_up(args)
+    check_shares(protocol.batch_size)
+    if world_size() == 1 and protocol.batch_size < 2:
+        fail("--batch-size 1: batch norm needs 2 images or more.")
     train, test = open_masks(args.data, args.classes, args.ignore_index)
     # timm and torchvision dilate the first block of a stage as the stage before it, as
     # MMSegmentation's contract_dilation does.
     dilated = {"replace_stride_with_dilation": [False, True, True]}
     options = dilated if args.model.startswith("torchvision/") else {"output_stride": 8}
     backbone, facts = open_backbone(args, **options)
-    net = Segmenter(backbone, len(train.classes), args)
+    net = Segmenter(backbone, len(train.classes), args.model, protocol)
     tell(f"{len(train.pairs)} images to train on, {len(test.pairs)} to test on, classes: "
          f"{', '.join(train.classes)}")  # fmt: skip
     history = fine_tune(
-        net, Crops(train, facts, args), batch_of, partial(learning_rate, args=args),
-        partial(evaluate, net, test, facts, args), args,
+        net, Crops(train, facts, protocol, args.seed), batch_of,
+        lambda step: learning_rate(step, protocol),
+        lambda: evaluate(net, test, facts, protocol, machine, args.output), protocol, machine, args,
     )  # fmt: skip
     if rank() == 0:
-        report(history, test, facts, args)
+        report(history, test, facts, protocol, args)
     leave_processes()
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    rest = (1 - step / args.iterations) ** args.power
-    return float(args.min_lr + (args.lr - args.min_lr) * rest)
+def learning_rate(step: int, protocol: SegmentationProtocol) -> float:
+    """A polynomial from lr to min_lr."""
+    rest = (1 - step / protocol.iterations) ** protocol.power
+    return float(protocol.min_lr + (protocol.lr - protocol.min_lr) * rest)
 
 
 def batch_of(samples: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [torch.stack(each) for each in zip(*samples, strict=True)]
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, SegmentationProtocol]:
     parser = protocol_parser("Fine-tune a ResNet for segmentation.", PROTOCOLS)
     parser.add_argument("--ignore-index", type=int, default=IGNORED,
                         help="in the masks of a folder: pixels without a class (default: 255)",
                         )  # fmt: skip
-    args, _ = parse(parser, PROTOCOLS, argv)
+    args, protocol = parse_protocol(parser, PROTOCOLS, argv)
     for name in ("short_edge", "long_edge", "min_scale", "lr"):
-        if getattr(args, name) <= 0:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}; expected more than 0.")
-    if args.max_scale < args.min_scale:
-        fail(f"--max-scale {args.max_scale} is below --min-scale {args.min_scale}.")
-    if args.window and not 0 < args.stride <= args.window:
-        fail(f"--stride {args.stride}; expected 1 to --window {args.window}.")
-    if args.batch_size // world_size() < 2 and world_size() == 1:
-        fail("--batch-size 1: batch norm needs 2 images or more.")
-    return args
-
-
-# Layouts ----------------------------------------------------------------------------------------
+        if getattr(protocol, name) <= 0:
+            fail(f"--{name.replace('_', '-')} {getattr(protocol, name)}; expected more than 0.")
+    if protocol.max_scale < protocol.min_scale:
+        fail(f"--max-scale {protocol.max_scale} is below --min-scale {protocol.min_scale}.")
+    if protocol.window and not 0 < protocol.stride <= protocol.window:
+        fail(f"--stride {protocol.stride}; expected 1 to --window {protocol.window}.")
+    vars(args).update(vars(protocol))  # what the flags came to
+    return args, protocol
 
 
 # Training images --------------------------------------------------------------------------------
@@ -146,26 +145,27 @@ class Crops(Dataset[Any]):
 
     part: Masked
     facts: Facts
-    args: argparse.Namespace
+    protocol: SegmentationProtocol
+    seed: int
 
     def __len__(self) -> int:
         return len(self.part.pairs)
 
     def __getitem__(self, request: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, number = request
-        args, rng = self.args, np.random.default_rng((self.args.seed, epoch, number))
+        epoch, number = map(int, request)
+        how, rng = self.protocol, np.random.default_rng((self.seed, epoch, number))
         image, mask = self.part.read(number)
-        scale = rng.uniform(args.min_scale, args.max_scale)
-        size = fitted(image.shape[1:], args.short_edge * scale, args.long_edge * scale)
+        scale = rng.uniform(how.min_scale, how.max_scale)
+        size = fitted(image.shape[1:], how.short_edge * scale, how.long_edge * scale)
         image, mask = resized(image, size), F.interpolate(mask[None, None], size)[0, 0]
-        place = choose_crop(mask, args.image_size, args.max_share, rng)
+        place = choose_crop(mask, how.image_size, how.max_share, rng)
         image, mask = image[:, *place], mask[place]
         if rng.random() < 0.5:
             image, mask = image.flip(-1), mask.flip(-1)
-        if args.distort:
+        if how.distort:
             image = distorted(image, rng)
         image = TF.normalize(image, self.facts.mean, self.facts.std)
-        missing = [0, args.image_size - mask.shape[1], 0, args.image_size - mask.shape[0]]
+        missing = [0, how.image_size - mask.shape[1], 0, how.image_size - mask.shape[0]]
         return F.pad(image, missing), F.pad(mask, missing, value=IGNORED).long()
 
 
@@ -219,20 +219,23 @@ def distorted(image: Tensor, rng: np.random.Generator) -> Tensor:
 class Segmenter(nn.Module):
     """Losses from (images, masks), logits (B, classes, H, W) from images alone."""
 
-    def __init__(self, net: nn.Module, classes: int, args: argparse.Namespace) -> None:
+    def __init__(
+        self, net: nn.Module, classes: int, model: str, protocol: SegmentationProtocol
+    ) -> None:
         super().__init__()
         missing = [name for name in ("layer3", "layer4") if not hasattr(net, name)]
         if missing:
-            fail(f"--model {args.model} has no {', '.join(missing)}; expected a ResNet of timm or "
+            fail(f"--model {model} has no {', '.join(missing)}; expected a ResNet of timm or "
                  "torchvision.")  # fmt: skip
         self.body = IntermediateLayerGetter(net, {"layer3": "aux", "layer4": "out"})
+        device = next(net.parameters()).device
         with torch.no_grad():
-            maps = self.body.eval()(torch.zeros(1, 3, 64, 64, device=args.device))
+            maps = self.body.eval()(torch.zeros(1, 3, 64, 64, device=device))
         # MMSegmentation's fcn_r50-d8.py: 512 and 256 channels for ResNet-50's 2048 and 1024.
         out, aux = (maps[name].shape[1] for name in ("out", "aux"))
-        self.head = FCNHead(out, out // 4, classes, args.dropout, convolutions=2, concat=True)
-        self.aux = FCNHead(aux, aux // 4, classes, args.dropout, convolutions=1, concat=False)
-        self.aux_weight, self.align_corners = args.aux_weight, args.align_corners
+        self.head = FCNHead(out, out // 4, classes, protocol.dropout, convolutions=2, concat=True)
+        self.aux = FCNHead(aux, aux // 4, classes, protocol.dropout, convolutions=1, concat=False)
+        self.aux_weight, self.align_corners = protocol.aux_weight, protocol.align_corners
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Any:
         maps = self.body(images)
@@ -293,50 +296,48 @@ class WholeImages(Dataset[Any]):
 
     part: Masked
     facts: Facts
-    args: argparse.Namespace
+    protocol: SegmentationProtocol
 
     def __len__(self) -> int:
         return len(self.part.pairs)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         image, mask = self.part.read(number)
-        size = fitted(image.shape[1:], self.args.short_edge, self.args.long_edge)
+        size = fitted(image.shape[1:], self.protocol.short_edge, self.protocol.long_edge)
         return TF.normalize(resized(image, size), self.facts.mean, self.facts.std), mask
 
 
-def evaluate(net: nn.Module, test: Masked, facts: Facts, args: argparse.Namespace) -> Figures:
+def evaluate(
+    net: nn.Module, test: Masked, facts: Facts, protocol: SegmentationProtocol, machine: Machine,
+    output: Path,
+) -> Figures:  # fmt: skip
     """mIoU, mean accuracy and pixel accuracy in percent; and OUTPUT/predictions.png."""
     counts = torch.zeros(len(test.classes), len(test.classes), dtype=torch.long)
     shown: list[Tensor] = []
-    loader = evaluation_loader(WholeImages(test, facts, args), args)
+    loader = one_by_one(WholeImages(test, facts, protocol), machine)
     bar = tqdm(loader, "test", leave=False, disable=None if rank() == 0 else True)
     for number, (image, mask) in enumerate(bar):
-        with autocast(args):
-            logits = predict(net, image[None].to(args.device), args)
-        found = enlarged(logits.float(), mask.shape, args.align_corners)[0].argmax(dim=0).cpu()
+        with machine.autocast():
+            logits = predict(net, image[None].to(machine.device), protocol.window, protocol.stride)
+        found = enlarged(logits.float(), mask.shape, protocol.align_corners)[0].argmax(dim=0).cpu()
         counts += confusion(found, mask, len(test.classes))
         if number % -(-len(loader) // PICTURES) == 0:
             shown.append(side_by_side(image, mask, found, facts))
     if rank() == 0:
-        height, width = (max(row.shape[side] for row in shown) for side in (1, 2))
-        shown = [F.pad(r, [0, width - r.shape[2], 0, height - r.shape[1]]) for r in shown]
-        save_image(make_grid(shown, nrow=1), args.output / "predictions.png")
-    if world_size() > 1:
-        counts = counts.to(args.device)
-        dist.all_reduce(counts)
-    return scores(counts.cpu(), test.classes)
+        save_rows(shown, output / "predictions.png")
+    return scores(summed(counts.to(machine.device)).cpu(), test.classes)
 
 
-def predict(net: nn.Module, images: Tensor, args: argparse.Namespace) -> Tensor:
-    """Logits (B, classes, h, w), of whole images or as the mean over overlapping windows."""
+def predict(net: nn.Module, images: Tensor, window: int, stride: int) -> Tensor:
+    """Logits (B, classes, h, w): the mean over overlapping windows, or with 0 of whole images."""
     height, width = images.shape[2:]
-    if not args.window or max(height, width) <= args.window:
+    if not window or max(height, width) <= window:
         return net(images)
     total: Any = 0
     seen = torch.zeros(1, 1, height, width, device=images.device)
-    for top in window_starts(height, args.window, args.stride):
-        for left in window_starts(width, args.window, args.stride):
-            place = (..., slice(top, top + args.window), slice(left, left + args.window))
+    for top in window_starts(height, window, stride):
+        for left in window_starts(width, window, stride):
+            place = (..., slice(top, top + window), slice(left, left + window))
             logits = net(images[place])
             if isinstance(total, int):
                 total = logits.new_zeros(*logits.shape[:2], height, width)
@@ -390,9 +391,12 @@ def palette() -> np.ndarray:
     return colours
 
 
-def report(history: list[Figures], test: Masked, facts: Facts, args: argparse.Namespace) -> None:
+def report(
+    history: list[Figures], test: Masked, facts: Facts, protocol: SegmentationProtocol,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
     figures = history[-1]
-    own: list[Cell] = [f"{facts.model}, {facts.start}", args.iterations]
+    own: list[Cell] = [f"{facts.model}, {facts.start}", protocol.iterations]
     rows = [[*own, *(figures[name] for name in ("mIoU", "mAcc", "aAcc"))]]
     if args.protocol == "voc12aug":
         rows.append(PUBLISHED)

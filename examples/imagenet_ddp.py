@@ -11,10 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -27,20 +25,29 @@ import timm
 import torch
 import torch.distributed as dist
 from parts.backbone import shrink_stem, timm_model
-from parts.batches import Bad, Order, TrainingImages, make_loader, on_device, resident, seed_of
 from parts.decoding import Crop
-from parts.flags import flag
+from parts.flags import flag, with_flags
 from parts.journal import Journal
-from parts.processes import asked_to_stop, fail
-from parts.resume import Progress, read_checkpoint, restore, save, the_only_run, what_changed
+from parts.order import seed_of
+from parts.processes import (
+    asked_to_stop,
+    fail,
+    join_processes,
+    leave_processes,
+    parallel,
+    rank,
+    synchronised,
+    world_size,
+)
+from parts.resume import Run, read_state, the_only_run, what_changed
 from parts.sources import Files, Source, hold_out, open_data
 from parts.undo import Undo, Verdicts
-from parts.watch import Watch, describe
+from parts.views import Views
+from parts.watch import Watch, Watching, describe
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from byol_pytorch import BYOL, checkpoint
 from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, PRESETS, byol_views
@@ -119,8 +126,9 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the recipe, the data and the number of processes."""
+    """The recipe, what follows from it for these data and processes, and all other flags."""
 
+    recipe: Recipe
     device: torch.device
     rank: int
     world: int
@@ -133,59 +141,79 @@ class Plan:
     decay: float
     amp: str
     identity: dict[str, Any]  # what a resumed run must have in common
+    watching: Watching
+    output: Path
+    seed: int
+    init_from: str | None
+    decode_size: int | None
+    workers: int
+    save_every: int  # steps
+    stop_at: float  # of time.monotonic()
+    fsdp: bool
+    compile: bool
+    channels_last: bool
+    sync_bn: bool
 
     def autocast(self) -> AbstractContextManager[Any]:
         dtype = torch.float16 if self.amp == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.amp != "none")
 
+    def setup(self) -> dict[str, Any]:
+        """What may change from one start to the next."""
+        known = {"processes": self.world, "passes a step": self.recipe.accumulate}
+        switches = ("compile", "fsdp", "channels_last", "sync_bn")
+        known |= {name: getattr(self, name) for name in switches}
+        return known | {"device": self.device.type}
+
 
 def main(argv: list[str] | None = None) -> None:
     recipe, args = parse_arguments(argv)
-    device, rank, world = join_processes(args)
+    device = join_processes(args.device)
+    if args.fsdp and not dist.is_initialized():
+        fail("--fsdp shards over processes: start with torchrun --nproc-per-node=N.")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     source, test = open_data(args.data)
     check_output(args.output, source)
     if args.held_out is not None:
         source, test = hold_out(source, args.held_out)
         if not (test.labels >= 0).any():
             fail(f"--held-out {args.held_out}: they have no labels to ask for, so leave it out.")
-    plan = make_plan(recipe, args, source, device, rank, world)
+    plan = make_plan(recipe, args, source, device, rank(), world_size())
     if not args.dry_run:
-        pretrain(recipe, plan, args, source, test)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if args.dry_run and rank == 0:  # alone, on the whole learner
-        shards = world if args.fsdp else 1
-        args.fsdp = args.compile = False
-        describe(build_learner(recipe, plan, args), recipe, plan, source, shards)
+        pretrain(plan, source, test)
+    leave_processes()
+    if args.dry_run and plan.rank == 0:  # alone, on the whole learner
+        shards = plan.world if plan.fsdp else 1
+        plan = replace(plan, fsdp=False, compile=False)
+        describe(build_learner(plan), plan, source, shards)
 
 
-def pretrain(
-    recipe: Recipe, plan: Plan, args: argparse.Namespace, source: Source, test: Source | None
-) -> None:
-    device, rank, stop = plan.device, plan.rank, asked_to_stop()
-    with the_only_run(args.output, rank):
-        state = read_checkpoint(args.output / "last.pt", plan)
-        learner = build_learner(recipe, plan, args, state)
-        optimizer = build_optimizer(learner, recipe, plan)
-        scaler = torch.amp.GradScaler(device.type, enabled=plan.amp == "fp16")
-        progress = restore(state, learner, optimizer, scaler) if state else Progress()
-        journal = Journal(args.output, rank == 0, progress.step, plan.steps, recipe.batch_size)
+def pretrain(plan: Plan, source: Source, test: Source | None) -> None:
+    last, stop = plan.output / "last.pt", asked_to_stop()
+    with the_only_run(plan.output):
+        state = read_state(last, plan.identity, " (from these weights: --init-from)")
+        learner = build_learner(plan, state)
+        scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.amp == "fp16")
+        run = Run(learner, build_optimizer(learner, plan), scaler)
         if state:
-            journal.note(progress.step, what_changed(state, plan, args))
-        watch = Watch(journal, learner, source, test, progress, recipe, plan, args)
-        views = Views(recipe, plan, args, source, learner.normalisation)
-        if train(learner, optimizer, scaler, views, watch, progress, recipe, plan, args, stop):
-            export(learner, journal, args)
+            run.restore(state)
+        step, size = run.progress.step, plan.recipe.batch_size
+        journal = Journal(plan.output, plan.rank == 0, step, plan.steps, size)
+        if state:
+            journal.note(step, what_changed(state["layout"], plan.setup()))
+        watch = Watch(plan, run, journal, source, test)
+        if train(run, Views(plan, source, learner.normalisation), watch, plan, stop):
+            export(learner, journal, plan.output / "backbone.safetensors")
         journal.close()
 
 
-def train(
-    learner: BYOL, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, views: "Views",
-    watch: Watch, progress: Progress, recipe: Recipe, plan: Plan, args: argparse.Namespace,
-    stop: list[int],
-) -> bool:  # fmt: skip
+def train(run: Run, views: Views, watch: Watch, plan: Plan, stop: list[int]) -> bool:
     """The whole of BYOL's training loop; whether it came to its end."""
-    model, clock = parallel(learner, recipe, plan, args), watch.clock
+    recipe, progress, clock = plan.recipe, run.progress, watch.clock
+    learner, optimizer, scaler = run.learner, run.optimizer, run.scaler
+    model = in_parallel(learner, plan)
     verdicts, undo = Verdicts(plan.device, plan.world), Undo(learner, optimizer)
     batches = views.batches(progress.step)
     while progress.step < plan.steps:
@@ -203,7 +231,7 @@ def train(
                 one, two = views.make(images, draws, part)
             watch.before(bad, one, two)
             # Dropout and its like: drawn anew here, so that no other use of randomness moves them.
-            torch.manual_seed(seed_of(args.seed, 1, plan.rank, step, part))
+            torch.manual_seed(seed_of(plan.seed, 1, plan.rank, step, part))
             last = part == recipe.accumulate - 1
             with clock("step"), synchronised(model, last), plan.autocast():
                 loss = model(one, two)
@@ -212,7 +240,7 @@ def train(
         with clock("update"):
             scaler.unscale_(optimizer)
             norm = gradient_norm(optimizer)
-            over = time.monotonic() > args.stop_at
+            over = time.monotonic() > plan.stop_at
             keep = verdicts.agree(norm, stop=over or bool(stop))
             optimizer.step()
             undo.unless(keep)
@@ -220,12 +248,12 @@ def train(
             learner.update_moving_average()
         progress.step += 1
 
-        due = progress.step % args.save_every == 0 or progress.step == plan.steps
+        due = progress.step % plan.save_every == 0 or progress.step == plan.steps
         asked = verdicts.count(progress, all_of_them=due)
         watch.look(norm, lr, everything=due or asked)
         watch.stop_if_skipping()
         if due or asked or watch.too_many_bad():
-            error = save(progress, learner, optimizer, scaler, plan, args)
+            error = run.save(plan.output / "last.pt", plan.identity, plan.setup())
             watch.say_saved(error, asked)
         watch.stop_if_bad()
         if asked and progress.step < plan.steps:
@@ -278,11 +306,10 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     add("--max-skipped", type=int, default=20, help="non-finite steps in a row before stopping")
     add("--dry-run", action="store_true", help="print what would run")
     args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in fields(Recipe)}
     args.stop_at = math.inf
     if args.max_minutes is not None:
         args.stop_at = time.monotonic() + 60 * args.max_minutes
-    recipe = replace(RECIPES[args.recipe], **{k: v for k, v in given.items() if v is not None})
+    recipe = with_flags(RECIPES[args.recipe], args)
     check(recipe, args)
     return recipe, args
 
@@ -338,29 +365,6 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
         fail("--fsdp needs --amp bf16 or none: fp16's loss scale is not shared between shards.")
 
 
-def join_processes(args: argparse.Namespace) -> tuple[torch.device, int, int]:
-    """The device, the rank and the number of processes; torchrun's environment says which."""
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        fail(f"--device {args.device} is no device of torch, such as cuda, cuda:1 or cpu.")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        if device.index >= torch.cuda.device_count():
-            fail(f"--device {args.device}: torch sees no CUDA device number {device.index}.")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    if "RANK" not in os.environ:
-        if args.fsdp:
-            fail("--fsdp shards over processes: start with torchrun --nproc-per-node=N.")
-        return device, 0, 1
-    # Long enough for rank 0 to list the files of a slow disk.
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    return device, dist.get_rank(), dist.get_world_size()
-
-
 def check_output(output: Path, source: Source) -> None:
     """The picture that a run leaves would be one image more for the run that goes on."""
     if isinstance(source, Files) and output.resolve().is_relative_to(source.folder.resolve()):
@@ -403,27 +407,30 @@ def make_plan(
     }
     identity |= {"images": len(source), "names of the images": source.fingerprint()}
     del identity["accumulate"]  # with other devices another one may be needed
+    as_given = ("output", "seed", "init_from", "decode_size", "workers", "save_every", "stop_at")
+    as_given += ("fsdp", "compile", "channels_last", "sync_bn")
     return Plan(
-        device, rank, world, recipe.batch_size // parts, epoch_steps, steps,
+        recipe, device, rank, world, recipe.batch_size // parts, epoch_steps, steps,
         round(steps * recipe.warmup_epochs / recipe.epochs), lr,
         scaled_lr(usual.base_lr, recipe.batch_size), decay, amp, identity,
+        Watching(**{f.name: getattr(args, f.name) for f in fields(Watching)}),
+        **{name: getattr(args, name) for name in as_given},
     )  # fmt: skip
 
 
 # The parts of a run -----------------------------------------------------------------------------
 
 
-def build_learner(
-    recipe: Recipe, plan: Plan, args: argparse.Namespace, state: dict[str, Any] | None = None
-) -> BYOL:
+def build_learner(plan: Plan, state: dict[str, Any] | None = None) -> BYOL:
     """The learner; of a resumed run with the normalisation, without the weights of `state`."""
-    torch.manual_seed(args.seed)  # the same weights on every rank
+    recipe = plan.recipe
+    torch.manual_seed(plan.seed)  # the same weights on every rank
     try:
-        net = make_net(recipe, pretrained=args.init_from == "timm" and not state)
-        mean, std = state["normalisation"] if state else initialise(net, plan, args)
+        net = make_net(recipe, pretrained=plan.init_from == "timm" and not state)
+        mean, std = state["normalisation"] if state else initialise(net, plan)
         if recipe.freeze:
             frozen(net, recipe.freeze).requires_grad_(False)
-        if plan.world > 1 and args.sync_bn and not recipe.freeze_bn:
+        if plan.world > 1 and plan.sync_bn and not recipe.freeze_bn:
             net = sync_batchnorm(net)
         learner = BYOL(
             net,
@@ -438,21 +445,21 @@ def build_learner(
     except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError, OSError) as error:
         fail(f"{recipe.model} cannot be built as asked: {error}")
     # FSDP2 shards contiguous parameters alone.
-    channels_last = args.channels_last and not args.fsdp
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    learner.to(plan.device, memory_format=layout).train()
+    channels_last = plan.channels_last and not plan.fsdp
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    learner.to(plan.device, memory_format=memory_format).train()
     if recipe.freeze_bn:
         for module in learner.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-    if args.fsdp:
+    if plan.fsdp:
         # A compiled learner has to be one unit (README, "In your loop").
-        for part in () if args.compile else (learner.net, learner.target.net):
+        for part in () if plan.compile else (learner.net, learner.target.net):
             fully_shard(part)
         fully_shard(learner)
         for method in ("representation", "diagnostics"):
             register_fsdp_forward_method(learner, method)
-    if args.compile:
+    if plan.compile:
         learner.compile(fullgraph=True)
     return learner
 
@@ -472,20 +479,21 @@ def make_net(recipe: Recipe, pretrained: bool) -> nn.Module:
     return checkpoint.same_padding(net) if recipe.same_padding else net
 
 
-def initialise(net: Any, plan: Plan, args: argparse.Namespace) -> tuple[Any, Any]:
+def initialise(net: Any, plan: Plan) -> tuple[Any, Any]:
     """Load the weights of --init-from; mean and std of the images that they were trained on."""
     mean = std = None
-    if args.init_from == "timm":
+    if plan.init_from == "timm":
         mean, std = net.pretrained_cfg["mean"], net.pretrained_cfg["std"]
-    elif args.init_from:
-        report = checkpoint.load_backbone(args.init_from, net)
+    elif plan.init_from:
+        report = checkpoint.load_backbone(plan.init_from, net)
         mean, std = report.mean, report.std
         if plan.rank == 0:
-            print(f"{args.init_from}: loaded {len(report.loaded)} tensors")
+            print(f"{plan.init_from}: loaded {len(report.loaded)} tensors")
     return (mean, std) if mean else (IMAGENET_MEAN, IMAGENET_STD)
 
 
-def build_optimizer(learner: BYOL, recipe: Recipe, plan: Plan) -> torch.optim.Optimizer:
+def build_optimizer(learner: BYOL, plan: Plan) -> torch.optim.Optimizer:
+    recipe = plan.recipe
     groups = param_groups(learner, recipe.weight_decay)
     if recipe.layer_decay < 1:
         groups = by_layer(groups, learner.net, recipe.layer_decay)
@@ -512,25 +520,15 @@ def by_layer(groups: list[dict[str, Any]], net: nn.Module, decay: float) -> list
     return split
 
 
-def parallel(learner: BYOL, recipe: Recipe, plan: Plan, args: argparse.Namespace) -> nn.Module:
-    if plan.world == 1 or args.fsdp:
+def in_parallel(learner: BYOL, plan: Plan) -> nn.Module:
+    """The learner under DDP, or itself where it is alone or sharded."""
+    if plan.world == 1 or plan.fsdp:
         return learner
     for name in learner.ddp_ignored():  # DDP leaves these alone, at the start too
         dist.broadcast(learner.get_parameter(name).data, src=0)
-    ids = [plan.device.index] if plan.device.type == "cuda" else None
     # Statistics are the same on all ranks, unless the backbone's are each rank's own.
-    differ = not (args.sync_bn or recipe.freeze_bn)
-    return DistributedDataParallel(
-        learner, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=differ
-    )
-
-
-def synchronised(model: Any, last: bool) -> AbstractContextManager[Any]:
-    """Gradients are averaged over the ranks in the last pass of a step alone."""
-    if hasattr(model, "set_requires_gradient_sync"):
-        model.set_requires_gradient_sync(last)
-    ddp = isinstance(model, DistributedDataParallel)
-    return model.no_sync() if ddp and not last else nullcontext()
+    differ = not (plan.sync_bn or plan.recipe.freeze_bn)
+    return parallel(learner, plan.device, broadcast_buffers=differ)
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
@@ -539,69 +537,7 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-class Views:
-    """The batches and their two views. A step's draws are those of its whole global batch, of which
-    each rank takes its part: views differ between ranks and do not depend on how many there are.
-    """
-
-    def __init__(
-        self, recipe: Recipe, plan: Plan, args: argparse.Namespace, source: Source,
-        normalisation: tuple[Any, Any],
-    ) -> None:  # fmt: skip
-        mean, std = normalisation
-        self.recipe, self.plan, self.args = recipe, plan, args
-        self.data = TrainingImages(
-            source, recipe.image_size, args.seed, args.decode_size, recipe.crop
-        )
-        self.shape = self.data.shape or (recipe.image_size, recipe.image_size)
-        self.pair = byol_views(
-            recipe.image_size,
-            recipe.views,
-            crop=self.data.shape is not None,
-            mean=mean,
-            std=std,
-            channels_last=args.channels_last,
-            compile=args.compile or None,  # on a GPU the views compile in any case
-            **recipe.view_args,
-        )
-        for view in self.pair:
-            view.to(plan.device)
-
-    def batches(self, start: int) -> Iterator[tuple[list[Tensor], list[Bad]]]:
-        device = self.plan.device
-        order = Order(
-            self.data.source, self.args.seed, self.recipe.batch_size, self.recipe.accumulate,
-            self.plan.rank, self.plan.world, start, self.plan.steps,
-        )  # fmt: skip
-        kept = resident(self.data, device)
-        if kept is None:
-            yield from on_device(make_loader(self.data, order, self.args.workers, device), device)
-            return
-        for request in order:
-            numbers = torch.from_numpy(request.images)
-            if device.type == "cuda":  # from pinned memory a copy does not wait for the device
-                numbers = numbers.pin_memory().to(device, non_blocking=True)
-            yield [kept[numbers]], []
-
-    def draw(self, step: int) -> list[Any]:
-        devices = [self.plan.device] if self.plan.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed_of(self.args.seed, 2, step))
-            shape = torch.Size((self.recipe.batch_size, 3, *self.shape))
-            return [view.forward_parameters(shape) for view in self.pair]
-
-    def make(self, images: list[Tensor], draws: list[Any], part: int) -> list[Tensor]:
-        first = (self.plan.rank * self.recipe.accumulate + part) * self.plan.images
-        mine = slice(first, first + self.plan.images)
-        sides = (images[0], images[-1])
-        return [
-            view(some, params=view.take(params, mine))
-            for view, some, params in zip(self.pair, sides, draws, strict=True)
-        ]
-
-
-def export(learner: BYOL, journal: Journal, args: argparse.Namespace) -> None:
-    path = args.output / "backbone.safetensors"
+def export(learner: BYOL, journal: Journal, path: Path) -> None:
     try:
         checkpoint.export_backbone(learner, path)
     except OSError as error:

@@ -22,14 +22,13 @@ import finetune_classification
 import torch
 from matplotlib.figure import Figure
 from parts.backbone import open_backbone
-from parts.flags import DTYPES, check_common, common_flags
-from parts.labelled import balanced, evaluation_images, image_loader, open_images
+from parts.flags import common_flags, set_up
+from parts.labelled import balanced, evaluation_images, open_images
 from parts.processes import fail, tell
 from parts.tables import Cell, write_results
 from torch import Tensor
 
 from byol_pytorch.checkpoint import replacing
-from byol_pytorch.evaluation.features import extract_features
 from byol_pytorch.evaluation.knn import knn_accuracy
 from byol_pytorch.evaluation.linear import linear_probe
 from byol_pytorch.evaluation.protocols import PAPER, PAPER_LRS
@@ -43,7 +42,7 @@ Figures = dict[tuple[str, str, float], float]  # by start, measure and percent o
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    check_common(args)
+    machine = set_up(args, join=False)
     train, test = open_images(args.data)
     source, numbers = train
     parts = {p: balanced(source.labels[numbers], p, args.seed) for p in args.labels}
@@ -52,16 +51,15 @@ def main(argv: list[str] | None = None) -> None:
         frozen = argparse.Namespace(**{**vars(args), "checkpoint": weights(start)})
         net, facts = open_backbone(frozen)
         (bank, labels), (queries, truth) = (
-            extract_features(net, image_loader(evaluation_images(part, facts), args),
-                             device=args.device, dtype=DTYPES[args.dtype], progress=True)
-            for part in (train, test)
-        )  # fmt: skip
-        assert labels is not None and truth is not None
+            machine.features(net, evaluation_images(part, facts)) for part in (train, test)
+        )
         for percent, kept in parts.items():
             some, known = bank[kept], labels[kept]
             k = min(NEIGHBOURS, len(kept))
             figures[start, "kNN", percent] = 100 * knn_accuracy(some, known, queries, truth, k=k)
-            figures[start, "linear", percent] = linear(some, known, queries, truth, args)
+            figures[start, "linear", percent] = linear(
+                some, known, queries, truth, args.linear_epochs, args.seed, machine.device
+            )
             figures[start, "fine-tuned", percent] = fine_tuned(start, percent, args)
             tell("  ".join(f"{m} {figures[start, m, percent]:.2f} %" for m in MEASURES)
                  + f"  ({start}, {percent:g} % of the labels, {len(kept)} images)")  # fmt: skip
@@ -102,15 +100,15 @@ def weights(start: str) -> str | None:
 
 
 def linear(
-    some: Tensor, known: Tensor, queries: Tensor, truth: Tensor, args: argparse.Namespace
-) -> float:
+    some: Tensor, known: Tensor, queries: Tensor, truth: Tensor, epochs: int, seed: int,
+    device: torch.device,
+) -> float:  # fmt: skip
     """Top-1 in percent of the head at the learning rate that held-out labels choose."""
-    protocol = replace(PAPER, base_lrs=PAPER_LRS, epochs=args.linear_epochs)
     enough = int(known.bincount().min()) * HELD_OUT >= 1  # one of each class can be spared
-    if not enough:
-        protocol = replace(protocol, base_lrs=PAPER.base_lrs)
-    probe = linear_probe(some, known, queries, truth, protocol=protocol, seed=args.seed,
-                         held_out=HELD_OUT if enough else 0.0, device=args.device)  # fmt: skip
+    rates, held_out = (PAPER_LRS, HELD_OUT) if enough else (PAPER.base_lrs, 0.0)
+    protocol = replace(PAPER, base_lrs=rates, epochs=epochs)
+    probe = linear_probe(some, known, queries, truth, protocol=protocol, seed=seed,
+                         held_out=held_out, device=device)  # fmt: skip
     best = probe.chosen[probe.stages[0]] if probe.chosen else 0
     return 100 * probe.top1[0, best].item()
 

@@ -21,7 +21,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from parts import report
-from parts.photographs import Pictures, fail, find_images, photograph_windows, read_images
+from parts.photographs import Pictures, find_images, photograph_windows, read_images
+from parts.processes import fail
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from byol_pytorch.evaluation.knn import knn_accuracy
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuickstartRecipe:
     """What runs by default, chosen on the built-in photographs for some hundred steps on a CPU."""
 
     model: str = "resnet10t"
@@ -54,7 +55,7 @@ class Recipe:
     )
 
 
-RECIPE = Recipe()
+RECIPE = QuickstartRecipe()
 
 NEIGHBOURS = 20  # that vote, or as many as there are
 FEW_LABELS, DRAWS = 5, 10  # labels a class, and random choices of them to average over
@@ -80,7 +81,7 @@ def main() -> None:
     report.prepare(args.output, args.json)
     # Bad input is found before the long work.
     listing = find_images(args.data, args.image_size, args.batch_size) if args.data else None
-    options = model_options(args)
+    options = model_options(args.model, args.image_size)
     build_learner(args, options, device, seed=0, announce=True)
     pictures = (
         read_images(listing, args.batch_size)
@@ -109,7 +110,9 @@ def main() -> None:
             report.draw(
                 args.output / "report.png",
                 pictures,
-                examples=views_to_show(pictures.train, args),
+                examples=views_to_show(
+                    pictures.train, views(args.image_size, windows=args.data is None)
+                ),
                 history=history,
                 accuracy=accuracy,
                 features={args.start: before, "trained backbone": after},
@@ -188,20 +191,20 @@ def describe(args: argparse.Namespace, pictures: Pictures, device: torch.device)
 # The network and its training -------------------------------------------------------------------
 
 
-def model_options(args: argparse.Namespace) -> dict[str, Any]:
+def model_options(model: str, image_size: int) -> dict[str, Any]:
     """What timm.create_model takes beside the name; vision transformers take the image's size."""
-    if not timm.is_model(args.model):
-        near = difflib.get_close_matches(args.model, timm.list_models(), n=4, cutoff=0.5)
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), n=4, cutoff=0.5)
         hint = f"Near names: {', '.join(near)}." if near else "timm.list_models() has the names."
-        fail(f"--model {args.model!r} is not a model of timm. {hint}")
-    options = {"num_classes": 0} | (RECIPE.model_options if args.model == RECIPE.model else {})
+        fail(f"--model {model!r} is not a model of timm. {hint}")
+    options = {"num_classes": 0} | (RECIPE.model_options if model == RECIPE.model else {})
     try:
-        timm.create_model(args.model, **options, img_size=args.image_size)
+        timm.create_model(model, **options, img_size=image_size)
     except TypeError:
         return options
     except UNFIT as error:
-        fail_to_fit(args, error)
-    return options | {"img_size": args.image_size}
+        fail_to_fit(model, image_size, error)
+    return options | {"img_size": image_size}
 
 
 def build_learner(
@@ -225,14 +228,14 @@ def build_learner(
             total_steps=args.steps,
         )
     except UNFIT as error:
-        fail_to_fit(args, error)
+        fail_to_fit(args.model, args.image_size, error)
     # Convolutions are faster so, on CPUs too.
     return learner.to(device, memory_format=torch.channels_last)
 
 
-def fail_to_fit(args: argparse.Namespace, error: Exception) -> NoReturn:
+def fail_to_fit(model: str, image_size: int, error: Exception) -> NoReturn:
     fail(
-        f"{args.model} does not take images of {args.image_size} px ({first_line(error)}): give "
+        f"{model} does not take images of {image_size} px ({first_line(error)}): give "
         "another --image-size or --model."
     )
 
@@ -265,7 +268,7 @@ def train(learner: BYOL, images: Tensor, args: argparse.Namespace, seed: int) ->
         learner.parameters(), lr=RECIPE.lr, weight_decay=RECIPE.weight_decay
     )
     history, losses, start = History(), [], time.monotonic()
-    first_view, second_view = views(args)
+    first_view, second_view = views(args.image_size, windows=args.data is None)
     healthy = center_crop(images[:: max(1, len(images) // HEALTH_BATCH)], args.image_size)
     healthy = healthy[:HEALTH_BATCH].to(device)
     batches = endless_batches(len(images), args.batch_size, seed)
@@ -318,18 +321,18 @@ def endless_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         yield from order[: count - count % batch_size].split(batch_size)
 
 
-def views(args: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
-    """The paper's two distributions of views, or what the recipe makes of them."""
-    changes = {} if args.data else RECIPE.window_views
-    return byol_views(args.image_size, channels_last=True, **changes)
+def views(image_size: int, windows: bool) -> tuple[nn.Module, nn.Module]:
+    """The paper's two distributions of views, or what the recipe makes of them for windows."""
+    changes = RECIPE.window_views if windows else {}
+    return byol_views(image_size, channels_last=True, **changes)
 
 
 def views_to_show(
-    images: Tensor, args: argparse.Namespace, count: int = 7
+    images: Tensor, pair: tuple[nn.Module, nn.Module], count: int = 7
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Some images and two views of each, with the views' normalisation undone."""
     some = images[:: max(1, len(images) // count)][:count]
-    one, two = (view(some) * PIXEL_STD + PIXEL_MEAN for view in views(args))
+    one, two = (view(some) * PIXEL_STD + PIXEL_MEAN for view in pair)
     return some / 255, one, two
 
 

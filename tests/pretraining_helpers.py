@@ -25,7 +25,8 @@ EXAMPLES = str(Path(__file__).parents[1] / "examples")
 sys.path.insert(0, EXAMPLES)
 
 import imagenet_ddp  # noqa: E402
-from parts import batches, decoding, journal, resume, sources, undo, watch  # noqa: E402, F401
+from parts import batches, decoding, journal, order, resume, sources, watch  # noqa: E402, F401
+from parts import views as parts_views  # noqa: E402, F401
 
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["imagenet_ddp"])
@@ -203,8 +204,8 @@ def write_npz(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-def plan_of(rank: int, world: int, *arguments: object) -> tuple[Any, Any, Any, Any]:
+def plan_of(rank: int, world: int, *arguments: object) -> tuple[Any, Any]:
     recipe, args = imagenet_ddp.parse_arguments([*map(str, arguments)])
     source, _ = sources.open_data(args.data)
     device = torch.device("cpu")
-    return recipe, imagenet_ddp.make_plan(recipe, args, source, device, rank, world), args, source
+    return imagenet_ddp.make_plan(recipe, args, source, device, rank, world), source

@@ -1,6 +1,5 @@
 """examples/evaluate_linear.py on small pictures: tables, going on, processes, data, refusals."""
 
-import argparse
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ sys.path.insert(0, EXAMPLES)
 import evaluate_linear  # noqa: E402
 from parts import labelled, resume  # noqa: E402
 from parts.backbone import Facts  # noqa: E402
+from parts.order import Order  # noqa: E402
 
 TINY = (
     *("--model", "resnet10t", "--model-args", '{"channels": [8, 8, 16, 16]}', "--image-size", 32),
@@ -124,20 +124,21 @@ def test_held_out_images_are_not_trained_on_and_seen_as_in_tests(data: Path) -> 
     train, _ = labelled.open_images(data)
     view, look = evaluate_linear.views("crop", Facts("", "", image_size=32), whole=False)
     training = labelled.Labelled(train[0], view, train[1])
-    args = argparse.Namespace(held_out=0.34, seed=0)
-    kept, left = evaluate_linear.apart(training, look, args)
+    kept, left = evaluate_linear.apart(training, look, share=0.34, seed=0)
     assert sorted([*kept.indices, *left.indices]) == train[1].tolist()
     assert np.bincount(left.labels).tolist() == [2, 2, 2]
     assert (kept.transform, left.transform) == (view, look)
 
 
 def test_an_epoch_shows_every_image_once_in_a_new_order() -> None:
-    sampler = labelled.Epoch(images=20, size=8, seed=0)
+    sampler = Order(images=20, size=8, seed=0, stop=0, rest="spread")
     epochs = []
-    for sampler.epoch in range(2):
+    for wanted in range(2):
+        sampler.only(wanted)
         batches = list(sampler)
+        assert len(batches) == len(sampler) == 3
         assert [len(batch) for batch in batches] == [7, 7, 6]
-        assert {epoch for batch in batches for epoch, _ in batch} == {sampler.epoch}
+        assert {epoch for batch in batches for epoch, _ in batch} == {wanted}
         epochs.append([number for batch in batches for _, number in batch])
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20))
     assert epochs[0] != epochs[1]
@@ -151,8 +152,8 @@ def test_every_epoch_draws_every_image_anew(
 ) -> None:
     seen, draw = [], labelled.Drawn.__getitem__
 
-    def watched(self: Any, key: tuple[int, int]) -> Any:
-        seen.append(key)
+    def watched(self: Any, key: np.ndarray) -> Any:
+        seen.append(tuple(key.tolist()))
         return draw(self, key)
 
     monkeypatch.setattr(labelled.Drawn, "__getitem__", watched)
@@ -187,7 +188,7 @@ def test_a_killed_run_goes_on_exactly(
 
 def test_another_run_in_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path, *TINY, "--epochs", 1)
-    with pytest.raises(SystemExit, match="total-batch 8 there and 6 now"):
+    with pytest.raises(SystemExit, match="total-batch: 8 there, 6 now"):
         run(data, tmp_path, *TINY, "--epochs", 1, "--total-batch", 6)
 
 

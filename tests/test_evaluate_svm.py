@@ -15,7 +15,16 @@ EXAMPLES = str(Path(__file__).parents[1] / "examples")
 sys.path.insert(0, EXAMPLES)
 
 import evaluate_svm  # noqa: E402
+from parts import machine, voc  # noqa: E402
 from parts.backbone import Facts  # noqa: E402
+
+SPLITS, ALL = ("trainval", "test"), (None, None)
+
+
+def small(whole: bool) -> Any:
+    """The view of images of 32 px."""
+    return evaluate_svm.transform("whole", Facts("", "", image_size=32), whole)
+
 
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 
@@ -115,10 +124,9 @@ def test_voc_gives_both_tables_beside_the_published_row(
 @pytest.mark.parametrize("below", ["", "VOCdevkit", "VOCdevkit/VOC2007"])
 def test_lists_and_annotations_say_the_same(tmp_path: Path, lists: bool, below: str) -> None:
     data = write_voc(tmp_path, lists) / below
-    args = evaluate_svm.parse(["--data", str(data)])
-    folder = evaluate_svm.voc_folder(data)
+    folder = voc.find_year(data, "VOC2007", "Main")
     assert folder is not None
-    train, test, classes = evaluate_svm.open_voc(args, folder, Facts("", "", image_size=32))
+    train, test, classes = evaluate_svm.open_voc(folder, SPLITS, None, ALL, 0, small)
     assert classes == ["aeroplane", "tvmonitor"]
     expected = [[LABEL[SHOWN[c][i % 12]] for c in classes] for i in range(24)]
     for part in (train, test):
@@ -128,10 +136,8 @@ def test_lists_and_annotations_say_the_same(tmp_path: Path, lists: bool, below: 
 
 def test_classes_can_be_chosen(tmp_path: Path) -> None:
     data = write_voc(tmp_path, lists=False)
-    args = evaluate_svm.parse(["--data", str(data), "--classes", "tvmonitor"])
-    train, _, classes = evaluate_svm.open_voc(
-        args, data / "VOCdevkit" / "VOC2007", Facts("", "", image_size=32)
-    )
+    folder = data / "VOCdevkit" / "VOC2007"
+    train, _, classes = evaluate_svm.open_voc(folder, SPLITS, ["tvmonitor"], ALL, 0, small)
     assert classes == ["tvmonitor"]
     assert [train[i][1].item() for i in range(12)] == [LABEL[m] for m in SHOWN["tvmonitor"]]
 
@@ -194,11 +200,9 @@ def test_a_network_without_stages_has_its_pooled_feature(
 
 def test_a_draw_of_images_follows_the_seed(tmp_path: Path) -> None:
     data = write_classes(tmp_path)
-    facts = Facts("", "", image_size=32)
 
     def draw(seed: int) -> list[int]:
-        flags = ["--data", str(data), "--train-images", "9", "--seed", str(seed)]
-        train, test, _ = evaluate_svm.open_classes(evaluate_svm.parse(flags), facts)
+        train, test, _ = evaluate_svm.open_classes(data, (9, None), seed, small)
         assert len(train) == 9 and len(test) == 12
         assert [label for _, label in train] == train.labels.tolist()
         return train.indices.tolist()
@@ -235,7 +239,7 @@ def test_the_published_framing_shows_the_whole_image() -> None:
 def test_wrong_flags_end_in_one_sentence_before_images_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], words: str
 ) -> None:
-    monkeypatch.setattr(evaluate_svm, "extract_features", None)
+    monkeypatch.setattr(machine, "extract_features", None)
     data = write_voc(tmp_path / "data", lists=True)
     sentence = refusal(tmp_path / "out", "--data", data, *flags)
     assert re.search(words, sentence) and "\n" not in sentence

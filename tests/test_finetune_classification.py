@@ -1,6 +1,5 @@
 """examples/finetune_classification.py on small pictures: few labels, learning, going on."""
 
-import argparse
 import json
 import os
 import socket
@@ -22,6 +21,7 @@ sys.path.insert(0, EXAMPLES)
 import finetune_classification as script  # noqa: E402
 from parts import labelled, resume  # noqa: E402
 from parts.labelled import balanced, listed, open_images  # noqa: E402
+from parts.machine import Machine  # noqa: E402
 
 # Layer norm, so that only the sums see how a batch is split.
 TINY = (
@@ -197,8 +197,8 @@ def test_evaluation_is_in_evaluation_mode_and_counts_every_image() -> None:
     norm = torch.nn.BatchNorm1d(7, affine=False)
     scores = 4 * torch.eye(7) - torch.arange(7) / 10
     batches = [(scores[:5], torch.arange(5)), (scores[5:], torch.tensor([0, 4]))]
-    args = argparse.Namespace(device="cpu", dtype="fp32")
-    top1, top5 = script.evaluate(norm.train(), batches, args)
+    machine = Machine(torch.device("cpu"), torch.float32, batch_size=5, workers=0)
+    top1, top5 = script.evaluate(norm.train(), batches, machine)
     assert (top1, top5) == pytest.approx((5 / 7, 6 / 7))
     assert norm.num_batches_tracked == 0
 
@@ -225,8 +225,8 @@ def test_every_epoch_draws_every_image_anew(
 ) -> None:
     seen, draw = [], labelled.Drawn.__getitem__
 
-    def watched(self: Any, key: tuple[int, int]) -> Any:
-        seen.append(key)
+    def watched(self: Any, key: np.ndarray) -> Any:
+        seen.append(tuple(key.tolist()))
         return draw(self, key)
 
     monkeypatch.setattr(labelled.Drawn, "__getitem__", watched)
@@ -262,7 +262,7 @@ def test_a_killed_run_goes_on_exactly(
 
 def test_another_run_in_the_folder_is_refused(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path, *TINY, "--epochs", 1)
-    with pytest.raises(SystemExit, match=r"labels 100.0 there and 50.0 now"):
+    with pytest.raises(SystemExit, match=r"labels: 100.0 there, 50.0 now"):
         run(data, tmp_path, *TINY, "--epochs", 1, "--labels", 50)
 
 

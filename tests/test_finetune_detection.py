@@ -19,10 +19,13 @@ pytest.importorskip("pycocotools")
 
 import finetune_detection  # noqa: E402
 from parts import boxes as detection  # noqa: E402
-from parts import finetuning  # noqa: E402
+from parts import resume, voc  # noqa: E402
+from parts.machine import Machine  # noqa: E402
 from pycocotools import mask as run_lengths  # noqa: E402
 
 from byol_pytorch import checkpoint  # noqa: E402
+
+CPU = Machine(torch.device("cpu"), torch.float32, batch_size=4, workers=0)
 
 pytestmark = [
     pytest.mark.xdist_group("finetune_detection"),
@@ -334,7 +337,7 @@ def test_voc07_and_12_train_on_both_trainvals_and_test_on_07(tmp_path: Path) -> 
     make_voc(tmp_path / "VOCdevkit" / "VOC2012", {"trainval": 3})
     train, test = detection.open_detection(tmp_path, None, masks=False)
     assert (len(train.images), len(test.images)) == (5, 1)
-    assert train.classes == list(detection.VOC_CLASSES) and len(train.classes) == 20
+    assert train.classes == list(voc.CLASSES) and len(train.classes) == 20
     cat = train.boxes(train.images[0])[0]["category_id"]
     assert train.classes[cat - 1] == "cat"
     assert all(train.picture(image).shape == (3, 48, 64) for image in train.images)
@@ -367,7 +370,7 @@ def test_cocos_layouts(tmp_path: Path, names: tuple[str, str, str]) -> None:
 
 def test_mirroring_takes_boxes_and_masks_along(tmp_path: Path) -> None:
     train, _ = detection.open_detection(make_coco(tmp_path), None, masks=True)
-    images = detection.TrainingImages(train, masks=True, seed=0)
+    images = detection.BoxedImages(train, masks=True, seed=0)
     lefts = set()
     for epoch in range(12):
         picture, target = images[epoch, 1]
@@ -392,7 +395,7 @@ def test_images_without_boxes_are_not_trained_on_and_are_tested_on(tmp_path: Pat
         (tmp_path / name.format(part)).write_text(json.dumps(content))
     draw(tmp_path / "val2017" / "2.png", 0)
     train, test = detection.open_detection(tmp_path, None, masks=True)
-    assert len(detection.TrainingImages(train, masks=True, seed=0)) == 2
+    assert len(detection.BoxedImages(train, masks=True, seed=0)) == 2
     assert len(detection.PlainImages(test)) == 3
 
 
@@ -479,9 +482,9 @@ def flags_for(tmp_path: Path, *more: str) -> Any:
 
 
 def detector_for(tmp_path: Path, *more: str) -> Any:
-    args = flags_for(tmp_path, *more)
+    args, protocol = flags_for(tmp_path, *more)
     net, facts = finetune_detection.open_backbone(args)
-    return finetune_detection.build_detector(net, facts, 2, args)
+    return finetune_detection.build_detector(net, facts, 2, protocol)
 
 
 def one_batch(masks: bool = False) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
@@ -525,17 +528,17 @@ def test_c4_takes_stage_3_as_features_and_stage_4_with_an_extra_norm_as_box_head
 
 def test_sizes_are_drawn_in_training_and_fixed_in_testing(tmp_path: Path) -> None:
     make_voc(tmp_path / "data", {"train": 1, "val": 2})
-    args = flags_for(tmp_path, "--train-sizes", "32", "96", "--image-size", "64")
+    args, protocol = flags_for(tmp_path, "--train-sizes", "32", "96", "--image-size", "64")
     train, test = detection.open_detection(tmp_path / "data", None, masks=False)
     net, facts = finetune_detection.open_backbone(args)
-    detector = finetune_detection.build_detector(net, facts, 2, args)
+    detector = finetune_detection.build_detector(net, facts, 2, protocol)
     sizes: set[int] = set()
     detector.backbone.register_forward_hook(lambda m, x, y: sizes.add(min(x[0].shape[2:])))
     with torch.inference_mode():
-        finetune_detection.evaluate(detector.eval(), test, args)
+        finetune_detection.evaluate(detector.eval(), test, protocol, CPU, tmp_path)
     assert sizes == {64}
     sizes.clear()
-    image, target = detection.TrainingImages(train, masks=False, seed=0)[0, 0]
+    image, target = detection.BoxedImages(train, masks=False, seed=0)[0, 0]
     detector.train()
     for _ in range(12):
         detector([image], [target])
@@ -544,23 +547,23 @@ def test_sizes_are_drawn_in_training_and_fixed_in_testing(tmp_path: Path) -> Non
 
 def test_the_published_flags_are_the_defaults(tmp_path: Path) -> None:
     own = ["--data", str(tmp_path), "--output", str(tmp_path / "run"), "--device", "cpu"]
-    voc = finetune_detection.parse_arguments(own)
+    _, voc = finetune_detection.parse_arguments(own)
     assert (voc.detector, voc.iterations, voc.lr_steps) == ("c4", 24000, (18000, 22000))
     assert (voc.batch_size, voc.base_lr, voc.warmup, voc.weight_decay) == (16, 0.02, 100, 1e-4)
     assert voc.train_sizes == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    coco = finetune_detection.parse_arguments([*own, "--protocol", "coco-mask-fpn"])
+    _, coco = finetune_detection.parse_arguments([*own, "--protocol", "coco-mask-fpn"])
     assert coco.train_sizes == (640, 672, 704, 736, 768, 800)
     assert (coco.detector, coco.lr_steps) == ("mask-fpn", (58640, 80630))
-    short = finetune_detection.parse_arguments([*own, "--iterations", "240"])
+    _, short = finetune_detection.parse_arguments([*own, "--iterations", "240"])
     assert short.lr_steps == (180, 220)
-    given = finetune_detection.parse_arguments([*own, "--iterations", "240", "--lr-steps", "9"])
+    _, given = finetune_detection.parse_arguments([*own, "--iterations", "240", "--lr-steps", "9"])
     assert given.lr_steps == (9,)
 
 
 def test_the_learning_rate_warms_up_scales_with_the_batch_and_falls_twice(tmp_path: Path) -> None:
     own = ["--data", str(tmp_path), "--output", str(tmp_path / "run"), "--device", "cpu"]
-    args = finetune_detection.parse_arguments([*own, "--batch-size", "8"])
-    at = {step: finetune_detection.learning_rate(step, args)
+    _, half = finetune_detection.parse_arguments([*own, "--batch-size", "8"])
+    at = {step: finetune_detection.learning_rate(step, half)
           for step in (0, 50, 100, 17_999, 18_000, 21_999, 22_000, 23_999)}  # fmt: skip
     assert at[0] == pytest.approx(1e-5)
     assert at[50] == pytest.approx(0.01 * (0.001 + 0.999 / 2))
@@ -623,14 +626,14 @@ def test_a_mask_run_reports_boxes_and_masks(tmp_path: Path) -> None:
 
 
 def stopped_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = finetuning.save
+    whole = resume.checkpoint.save
 
-    def save_and_die(at: int, *more: Any) -> None:
-        whole(at, *more)
-        if at == step:
+    def save_and_die(state: dict[str, Any], path: Path) -> None:
+        whole(state, path)
+        if state["step"] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetuning, "save", save_and_die)
+    monkeypatch.setattr(resume.checkpoint, "save", save_and_die)
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(
@@ -652,7 +655,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert one["optimizer"]["state"].keys() == two["optimizer"]["state"].keys()
     again = run(data, tmp_path / "parts", *own)
     assert again["rows"] == parts["rows"]
-    with pytest.raises(SystemExit, match="is of another run: base-lr"):
+    with pytest.raises(SystemExit, match=r"is of another run, so it cannot go on:\s+base-lr"):
         run(data, tmp_path / "parts", *own, "--base-lr", "0.5")
 
 
@@ -688,11 +691,11 @@ def test_two_processes_test_every_image_once(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "results.json").read_text())
-    args = finetune_detection.parse_arguments(own)
+    args, protocol = finetune_detection.parse_arguments(own)
     _, test = detection.open_detection(data, None, masks=False)
     net, facts = finetune_detection.open_backbone(args)
-    detector = finetune_detection.build_detector(net, facts, 2, args)
+    detector = finetune_detection.build_detector(net, facts, 2, protocol)
     detector.load_state_dict(checkpoint.load(tmp_path / "run" / "last.pt")["model"])
     with torch.inference_mode():
-        figures = finetune_detection.evaluate(detector.eval(), test, args)
+        figures = finetune_detection.evaluate(detector.eval(), test, protocol, CPU, tmp_path)
     assert result["history"][-1] == pytest.approx({"step": 4, **figures})

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ sys.path.insert(0, str(EXAMPLES))
 pytest.importorskip("pycocotools")  # which parts.boxes imports
 
 import finetune_segmentation as script  # noqa: E402
-from parts import finetuning  # noqa: E402
+from parts import resume  # noqa: E402
 from parts.backbone import Facts  # noqa: E402
+from parts.machine import Machine  # noqa: E402
+from parts.order import Order  # noqa: E402
 
 from byol_pytorch import checkpoint  # noqa: E402
 
@@ -260,7 +263,7 @@ def test_what_cannot_work_is_said_in_one_sentence(
 # Crops ------------------------------------------------------------------------------------------
 
 
-def flags(tmp_path: Path, *more: str) -> argparse.Namespace:
+def flags(tmp_path: Path, *more: str) -> tuple[argparse.Namespace, Any]:
     own = ("--data", str(tmp_path), "--output", str(tmp_path / "run"))
     return script.parse_arguments([*TINY, *own, *more])
 
@@ -268,8 +271,8 @@ def flags(tmp_path: Path, *more: str) -> argparse.Namespace:
 def test_a_crop_and_its_mask_stay_together(tmp_path: Path) -> None:
     """Every class has a colour of its own: each pixel of a crop tells its class."""
     train, _ = script.open_masks(make_folder(tmp_path), None, 11)
-    args = flags(tmp_path, "--no-distort", "--image-size", "64")
-    crops = script.Crops(train, PLAIN, args)
+    _, protocol = flags(tmp_path, "--no-distort", "--image-size", "64")
+    crops = script.Crops(train, PLAIN, protocol, seed=0)
     colour = torch.from_numpy(COLOURS).float() / 255
     scales = set()
     for epoch in range(12):
@@ -304,8 +307,8 @@ def test_crops_of_mostly_one_class_are_drawn_again() -> None:
 
 def test_a_small_image_is_padded_with_ignored_pixels(tmp_path: Path) -> None:
     train, _ = script.open_masks(make_folder(tmp_path), None, 11)
-    args = flags(tmp_path, "--image-size", "128", "--max-scale", "0.5")
-    image, mask = script.Crops(train, PLAIN, args)[0, 0]
+    _, protocol = flags(tmp_path, "--image-size", "128", "--max-scale", "0.5")
+    image, mask = script.Crops(train, PLAIN, protocol, seed=0)[0, 0]
     assert image.shape == (3, 128, 128)
     assert (mask[24:] == 255).all() and (mask[:, 32:] == 255).all()
     assert (image[:, 24:] == 0).all() and (mask[:20, :32] != 255).all()
@@ -339,12 +342,12 @@ def test_an_image_is_fitted_within_both_edges(
 
 
 def network(tmp_path: Path, model: str, *more: str) -> script.Segmenter:
-    args = flags(tmp_path, "--model", model, "--model-args", "{}", *more)
+    args, protocol = flags(tmp_path, "--model", model, "--model-args", "{}", *more)
     options = {"replace_stride_with_dilation": [False, True, True]}
     if not model.startswith("torchvision/"):
         options = {"output_stride": 8}
     net, _ = script.open_backbone(args, **options)
-    return script.Segmenter(net, 5, args)
+    return script.Segmenter(net, 5, model, protocol)
 
 
 @pytest.mark.parametrize("model", ["resnet18", "torchvision/resnet50"])
@@ -399,19 +402,19 @@ def test_losses_are_means_over_all_pixels_ignored_ones_included(tmp_path: Path) 
 
 def test_the_learning_rate_is_the_polynomial(tmp_path: Path) -> None:
     own = ["--data", str(tmp_path), "--output", str(tmp_path / "run"), "--device", "cpu"]
-    args = script.parse_arguments(own)
-    assert script.learning_rate(0, args) == pytest.approx(0.01)
+    _, protocol = script.parse_arguments(own)
+    assert script.learning_rate(0, protocol) == pytest.approx(0.01)
     expected = (0.01 - 1e-4) * 0.25**0.9 + 1e-4
-    assert script.learning_rate(15_000, args) == pytest.approx(expected)
-    assert script.learning_rate(20_000, args) == pytest.approx(1e-4)
+    assert script.learning_rate(15_000, protocol) == pytest.approx(expected)
+    assert script.learning_rate(20_000, protocol) == pytest.approx(1e-4)
 
 
 def test_the_published_flags_are_the_defaults(tmp_path: Path) -> None:
     own = ["--data", str(tmp_path), "--output", str(tmp_path / "run"), "--device", "cpu"]
-    voc = script.parse_arguments(own)
+    _, voc = script.parse_arguments(own)
     assert (voc.iterations, voc.batch_size, voc.image_size) == (20_000, 16, 512)
     assert (voc.lr, voc.weight_decay, voc.aux_weight, voc.window) == (0.01, 5e-4, 0.4, 0)
-    city = script.parse_arguments([*own, "--protocol", "cityscapes"])
+    _, city = script.parse_arguments([*own, "--protocol", "cityscapes"])
     assert (city.iterations, city.batch_size, city.image_size) == (40_000, 8, 769)
     assert (city.window, city.stride, city.align_corners) == (769, 513, True)
 
@@ -425,15 +428,14 @@ class Blur(torch.nn.Module):
 
 def test_a_sliding_window_sees_every_pixel_and_averages_where_windows_overlap() -> None:
     image = torch.rand(1, 3, 50, 70)
-    args = argparse.Namespace(window=32, stride=20)
 
     class Count(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             assert images.shape[2:] == (32, 32)
             return images
 
-    torch.testing.assert_close(script.predict(Count(), image, args), image)
-    whole = script.predict(Blur(), image, argparse.Namespace(window=0, stride=0))
+    torch.testing.assert_close(script.predict(Count(), image, 32, 20), image)
+    whole = script.predict(Blur(), image, 0, 0)
     assert torch.equal(whole, Blur()(image))
     assert script.window_starts(50, 32, 20) == [0, 18]
     assert script.window_starts(1025, 769, 513) == [0, 256]
@@ -479,15 +481,15 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     data = make_folder(tmp_path / "data")
     own = ("--ignore-index", "11", "--save-every", "2", "--eval-every", "1")
     whole = run(data, tmp_path / "whole", *own)
-    save = finetuning.save
+    save = resume.checkpoint.save
 
-    def save_and_die(step: int, *more: Any) -> None:
-        save(step, *more)
-        if step == 2:
+    def save_and_die(state: dict[str, Any], path: Path) -> None:
+        save(state, path)
+        if state["step"] == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "save", save_and_die)
+        patch.setattr(resume.checkpoint, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path / "parts", *own)
     parts = run(data, tmp_path / "parts", *own)
@@ -495,7 +497,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
     assert whole["history"] == parts["history"] and len(parts["history"]) == 4
     for name, value in one["model"].items():
         assert torch.equal(value, two["model"][name]), name
-    with pytest.raises(SystemExit, match=r"is of another run: lr 0\.01 there and 0\.5 now"):
+    with pytest.raises(
+        SystemExit, match=r"is of another run, so it cannot go on:\s+lr: 0\.01 there, 0\.5 now"
+    ):
         run(data, tmp_path / "parts", *own, "--lr", "0.5")
 
 
@@ -506,10 +510,10 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     own = ("--ignore-index", "11", "--save-every", "100")
     rate = script.learning_rate
 
-    def signalled(step: int, args: argparse.Namespace) -> float:
+    def signalled(step: int, protocol: Any) -> float:
         if step == 1:
             signal.raise_signal(signal.SIGTERM)
-        return rate(step, args)
+        return rate(step, protocol)
 
     with monkeypatch.context() as patch:
         patch.setattr(script, "learning_rate", signalled)
@@ -523,26 +527,22 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_order_is_one_permutation_an_epoch_whatever_the_processes(
-    monkeypatch: pytest.MonkeyPatch, world: int
+    world: int,
 ) -> None:
-    args = argparse.Namespace(batch_size=4, iterations=7, seed=3)
-    monkeypatch.setattr(finetuning, "world_size", lambda: world)
-    steps: list[list[tuple[int, int]]] = [[] for _ in range(7)]
+    order = partial(Order, images=7, size=4, seed=3, stop=7, rest="join")
+    steps: list[list[list[int]]] = [[] for _ in range(7)]
     for rank in range(world):
-        monkeypatch.setattr(finetuning, "rank", lambda rank=rank: rank)
-        for step, batch in enumerate(finetuning.Order(7, args, 0)):
-            steps[step] += batch
-        assert list(finetuning.Order(7, args, 4)) == list(finetuning.Order(7, args, 0))[4:]
+        mine = [keys.tolist() for keys in order(rank=rank, world=world)]
+        assert [keys.tolist() for keys in order(rank=rank, world=world, start=4)] == mine[4:]
+        for step, keys in enumerate(mine):
+            steps[step] += keys
     seen = [pair for step in steps for pair in step]
     assert len(seen) == 28
     for epoch in range(4):
         assert sorted(image for e, image in seen if e == epoch) == list(range(7))
     orders = [tuple(image for e, image in seen if e == epoch) for epoch in range(4)]
     assert len(set(orders)) > 1
-    if world == 2:
-        monkeypatch.setattr(finetuning, "world_size", lambda: 1)
-        monkeypatch.setattr(finetuning, "rank", lambda: 0)
-        assert steps == list(finetuning.Order(7, args, 0))
+    assert steps == [keys.tolist() for keys in order(rank=0, world=1)]
 
 
 @pytest.mark.slow
@@ -561,11 +561,12 @@ def test_two_processes_test_every_image_once(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "results.json").read_text())
-    args = script.parse_arguments(own)
+    args, protocol = script.parse_arguments(own)
     train, test = script.open_masks(data, None, 11)
     net, facts = script.open_backbone(args, output_stride=8)
-    segmenter = script.Segmenter(net, len(train.classes), args)
+    segmenter = script.Segmenter(net, len(train.classes), args.model, protocol)
+    cpu = Machine(torch.device("cpu"), torch.float32, batch_size=1, workers=0)
     segmenter.load_state_dict(checkpoint.load(tmp_path / "run" / "last.pt")["model"])
     with torch.inference_mode():
-        figures = script.evaluate(segmenter.eval(), test, facts, args)
+        figures = script.evaluate(segmenter.eval(), test, facts, protocol, cpu, tmp_path)
     assert result["history"][-1] == pytest.approx({"step": 4, **figures})

@@ -22,6 +22,7 @@ from pretraining_helpers import (
     journal,
     log,
     notes,
+    parts_views,
     plan_of,
     run_here,
     sources,
@@ -137,7 +138,7 @@ def test_the_views_take_other_strengths(
     recipe, args = imagenet_ddp.parse_arguments(["--data", str(folder), *map(str, (*TINY, *flags))])
     source, _ = sources.open_data(folder)
     plan = imagenet_ddp.make_plan(recipe, args, source, torch.device("cpu"), 0, 1)
-    views = imagenet_ddp.Views(recipe, plan, args, source, ((0.5,) * 3, (0.5,) * 3))
+    views = imagenet_ddp.Views(plan, source, ((0.5,) * 3, (0.5,) * 3))
     for draws in views.draw(0):
         turns = next(item.data for item in draws if item.name.startswith("RandomRotation90"))
         assert bool((turns["batch_prob"] > 0.5).all())
@@ -146,7 +147,7 @@ def test_the_views_take_other_strengths(
     monkeypatch.setattr(
         decoding, "draw_box", lambda *a: boxes.append((*a[1:3], *draw(*a))) or boxes[-1][2:]
     )
-    views.data[batches.Request(0, np.arange(9))]  # as the workers draw them
+    views.data[np.column_stack((np.zeros(9, int), np.arange(9)))]  # as the workers draw them
     assert len(boxes) == 18
     for height, width, _, _, *box in boxes:
         whole = min(height, width)
@@ -199,7 +200,7 @@ def test_held_out_images_are_tested_on_and_never_trained_on(
         asked.append({data.source.name(i) for i in range(len(data.source))})
 
     monkeypatch.setattr(watch, "Neighbours", Recorded)
-    monkeypatch.setattr(imagenet_ddp, "resident", trained_on)
+    monkeypatch.setattr(parts_views, "resident", trained_on)
     flags = ("--held-out", 8, "--knn-every", 1, "--knn-neighbours", 3, "--steps", 2)
     run_here(tmp_path, "--data", npz, *TINY, *flags)
     assert asked == [*names, names[0], *names]  # before, the training itself, and after
@@ -209,7 +210,7 @@ def test_held_out_images_are_tested_on_and_never_trained_on(
 
 def test_the_decay_follows_the_batch_where_asked(npz: Path) -> None:
     arguments = ("--data", npz, "--recipe", "small", "--batch-size", 16, "--scale-decay")
-    _, plan, _, _ = plan_of(0, 1, *arguments)
+    plan, _ = plan_of(0, 1, *arguments)
     assert plan.decay == pytest.approx(0.99 ** (16 / 512))
 
 
@@ -270,7 +271,7 @@ def test_a_dry_run_compiles_nothing(
 def test_warm_up_keeps_its_share_of_a_shorter_run(
     changes: tuple[object, ...], steps: int, warmup: int, npz: Path, tmp_path: Path
 ) -> None:
-    _, plan, _, _ = plan_of(0, 1, "--data", npz, *TINY, *changes)
+    plan, _ = plan_of(0, 1, "--data", npz, *TINY, *changes)
     assert (plan.steps, plan.warmup_steps) == (steps, warmup)
     run_here(tmp_path, "--data", npz, *TINY, *changes)
     rates = [line["lr"] for line in log(tmp_path) if "lr" in line]

@@ -21,6 +21,7 @@ from pretraining_helpers import (
     encoded,
     log,
     notes,
+    order,
     run_here,
     sources,
     write_folder,
@@ -108,7 +109,9 @@ def test_cifar_is_read_as_torchvision_reads_it(
     assert train.labels.tolist() == labels.tolist()
     assert test is not None and len(test) == 4
     assert all(np.array_equal(train.read(i), rows[i].reshape(3, 32, 32)) for i in range(10))
-    views, bad = batches.TrainingImages(train, 32, 0)[batches.Request(0, np.arange(4))]
+    views, bad = batches.TrainingImages(train, 32, 0)[
+        np.column_stack((np.zeros(4, int), np.arange(4)))
+    ]
     assert not bad and torch.equal(views[0][3], train.read(3))
     assert trains_two_steps(tmp_path / "data", tmp_path / "run")
 
@@ -261,34 +264,34 @@ def test_tar_shards_hold_the_same_images_and_keep_neighbours_together(tmp_path: 
                     tar.addfile(member, io.BytesIO(content))
     source, _ = sources.open_data(tmp_path)
     assert [(source.read(i), source.labels[i]) for i in range(len(source))] == expected
-    order = batches.epoch_order(source, 0, 0)
-    assert sorted(order) == list(range(12))
-    assert not np.array_equal(order, batches.epoch_order(source, 0, 1))
+    first = order.epoch_order(12, 0, 0, source.shard)
+    assert sorted(first) == list(range(12))
+    assert not np.array_equal(first, order.epoch_order(12, 0, 1, source.shard))
 
 
 # The order ----------------------------------------------------------------------------------------
 
 
-def test_the_order_is_a_permutation_an_epoch_that_all_layouts_share(folder: Path) -> None:
-    source, _ = sources.open_data(folder)
-
-    def order(world: int, accumulate: int, start: int = 0) -> list[list[int]]:
+def test_the_order_is_a_permutation_an_epoch_that_all_layouts_share() -> None:
+    def steps_of(world: int, accumulate: int, start: int = 0) -> list[list[int]]:
         ranks = [
-            list(batches.Order(source, 1, 8, accumulate, rank, world, start, 6))
+            list(order.Order(24, 8, 1, 6, start, passes=accumulate, rank=rank, world=world))
             for rank in range(world)
         ]
         steps = []
         for step in range(6 - start):
-            parts = [r.images for rank in ranks for r in rank[step * accumulate :][:accumulate]]
+            parts = [
+                keys[:, 1] for rank in ranks for keys in rank[step * accumulate :][:accumulate]
+            ]
             steps.append(np.concatenate(parts).tolist())
         return steps
 
-    alone = order(1, 1)
+    alone = steps_of(1, 1)
     epochs = [np.concatenate(steps) for steps in (alone[:3], alone[3:])]
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
     assert not np.array_equal(*epochs)
-    assert order(2, 1) == order(1, 4) == order(2, 2) == order(4, 2) == alone
-    assert order(2, 1, start=4) == alone[4:]
+    assert steps_of(2, 1) == steps_of(1, 4) == steps_of(2, 2) == steps_of(4, 2) == alone
+    assert steps_of(2, 1, start=4) == alone[4:]
 
 
 # Unreadable images --------------------------------------------------------------------------------
@@ -330,7 +333,7 @@ def test_data_that_is_gone_ends_the_run(tmp_path: Path) -> None:
         file.unlink()
     images = batches.TrainingImages(source, 32, 0)
     with pytest.raises(RuntimeError, match=r"100 images in a row .*\.jpg: FileNotFoundError"):
-        images[batches.Request(0, np.arange(2))]
+        images[np.column_stack((np.zeros(2, int), np.arange(2)))]
 
 
 # Crops --------------------------------------------------------------------------------------------

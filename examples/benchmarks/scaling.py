@@ -22,7 +22,7 @@ from step_contestants import OURS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from parts.backbone import build
-from parts.batches import Request, TrainingImages
+from parts.batches import TrainingImages
 from parts.processes import fail
 from parts.sources import open_data
 from parts.tables import markdown
@@ -137,10 +137,11 @@ def decode_rate(args: argparse.Namespace) -> float:
     torch.set_num_threads(1)
     images = TrainingImages(open_data(args.data)[0], args.image_size, 0, args.decode_size)
     order = np.random.default_rng(0).permutation(len(images.source))
-    images[Request(0, order[:8])]  # files and libraries are opened once
+    keys = np.column_stack((np.zeros_like(order), order))  # epoch and image
+    images[keys[:8]]  # files and libraries are opened once
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < args.seconds:
-        images[Request(0, np.resize(np.roll(order, -done), 16))]
+        images[keys[np.arange(done, done + 16) % len(keys)]]
         done += 16
     return done / (time.perf_counter() - start)
 

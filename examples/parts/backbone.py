@@ -1,4 +1,4 @@
-"""How the scripts build a backbone from timm's name of it. Files of weights are read elsewhere."""
+"""A backbone by its name in timm or torchvision, and the weights that it starts from."""
 
 import argparse
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from parts.processes import fail, tell
 def timm_model(name: str, image_size: int | None, options: dict[str, Any]) -> nn.Module:
     """timm's model; `options` are its constructor's, and without num_classes it has no classifier.
 
-    Of some models the size of the images is fixed when they are built, and of the others unused.
+    `image_size` is for models that are built for one size; others do not use it.
     """
     options = {"num_classes": 0, **options}
     try:  # vision transformers have to know

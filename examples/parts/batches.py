@@ -11,12 +11,12 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from parts.decoding import CENTRE, PAPER_CROP, Crop, central_square, open_image, pixels, two_crops
 from parts.processes import leave_signals_to_the_trainer
@@ -24,67 +24,12 @@ from parts.sources import Arrays, Source
 
 RESIDENT = 4 * 2**30  # bytes of decoded images that the device keeps, where all are of one size
 ATTEMPTS = 100  # unreadable images in a row after which the data must be gone
-SHARD_WINDOW = 2**16  # images of neighbouring shards that are shuffled together
 Bad = tuple[int, str]  # number of an image and why it could not be read
-
-
-class Request(NamedTuple):
-    """The images of one forward pass of one device."""
-
-    epoch: int
-    images: np.ndarray
-
-
-@dataclass
-class Order(Sampler[Request]):
-    """What this rank reads from step `start` on.
-
-    The global batch of a step is a function of the seed and the step; the ranks share it out in
-    equal consecutive parts, and each goes through its part in `accumulate` passes. Images beyond
-    the last whole batch of an epoch are left out of that epoch.
-    """
-
-    source: Source
-    seed: int
-    batch_size: int
-    accumulate: int
-    rank: int
-    world: int
-    start: int
-    stop: int
-
-    def __iter__(self) -> Iterator[Request]:
-        steps, current = len(self.source) // self.batch_size, -1
-        share = self.batch_size // self.world
-        for step in range(self.start, self.stop):
-            epoch, batch = divmod(step, steps)
-            if epoch != current:
-                current, order = epoch, epoch_order(self.source, self.seed, epoch)
-            first = batch * self.batch_size + self.rank * share
-            for images in order[first : first + share].reshape(self.accumulate, -1):
-                yield Request(epoch, images)
-
-
-def epoch_order(source: Source, seed: int, epoch: int) -> np.ndarray:
-    """A random order of all images; of shards a random order of them, mixed over a window."""
-    rng = np.random.default_rng((seed, epoch))
-    if source.shard is None:
-        return rng.permutation(len(source))
-    place = rng.permutation(source.shard.max() + 1)
-    order = np.argsort(place[source.shard], kind="stable")
-    for first in range(0, len(order), SHARD_WINDOW):
-        rng.shuffle(order[first : first + SHARD_WINDOW])
-    return order
-
-
-def seed_of(*numbers: int) -> int:
-    """A seed of its own for these numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @dataclass
 class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
-    """A request's images as uint8 tensors, with those that could not be read.
+    """Images by (n, 2), epoch and number of each, as uint8 tensors; and those that cannot be read.
 
     Two tensors (B, 3, size, size), the crops of both views, drawn in the original's coordinates
     from one decoding; one tensor (B, 3, H, W) where the crops are left to the device: images of
@@ -99,13 +44,13 @@ class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """Of the images whose crops are left to the device."""
+        """(height, width) of the images whose crops are left to the device, if they are."""
         square = (self.decode_size, self.decode_size) if self.decode_size else None
         return square or self.source.size
 
-    def __getitem__(self, request: Request) -> tuple[list[Tensor], list[Bad]]:
+    def __getitem__(self, wanted: np.ndarray) -> tuple[list[Tensor], list[Bad]]:
         bad: list[Bad] = []
-        images = [self.load(int(i), request.epoch, bad) for i in request.images]
+        images = [self.load(image, epoch, bad) for epoch, image in wanted.tolist()]
         return [torch.stack(views) for views in zip(*images, strict=True)], bad
 
     def load(self, index: int, epoch: int, bad: list[Bad]) -> list[Tensor]:
@@ -135,20 +80,20 @@ class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
 
 @dataclass
 class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
-    """Numbers (B,) to images (B, 3, size, size) uint8 and whether each could be read (B,)."""
+    """Numbers (B,) to images (B, 3, size, size) uint8 and 1 (B,), or 0 where one cannot be read."""
 
     source: Source
     size: int
 
     def __getitem__(self, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
         images = torch.zeros(len(numbers), 3, self.size, self.size, dtype=torch.uint8)
-        good = torch.ones(len(numbers), dtype=torch.bool)
+        good = torch.ones(len(numbers), dtype=torch.long)
         part = CENTRE if self.source.size is None else 1.0
         for i, number in enumerate(numbers):
             try:
                 images[i] = central_square(self.source.read(int(number)), part, self.size)
             except Exception:  # as in training, where it is counted
-                good[i] = False
+                good[i] = 0
         return images, good
 
 

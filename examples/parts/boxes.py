@@ -7,7 +7,6 @@ of image_id, category_id, score, bbox (x, y, width, height; pixels) and segmenta
 import contextlib
 import io
 import json
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
+from parts import voc
 from parts.processes import fail
 
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
-    "tvmonitor",
-)  # fmt: skip
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 RECALLS = np.arange(11) / 10  # of VOC 2007's measure
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # overlaps that COCO's AP is the mean over
@@ -79,12 +74,13 @@ def open_detection(folder: Path, classes: list[str] | None, masks: bool) -> list
     devkit = folder / "VOCdevkit" if (folder / "VOCdevkit").is_dir() else folder
     if (devkit / "VOC2007").is_dir() and (devkit / "VOC2012").is_dir():
         lists = [[("VOC2007", "trainval"), ("VOC2012", "trainval")], [("VOC2007", "test")]]
-        parts = [read_voc(devkit, names, classes or list(VOC_CLASSES)) for names in lists]
+        parts = [read_voc(devkit, names, classes or list(voc.CLASSES)) for names in lists]
     elif (folder / "Annotations").is_dir():
         names = {path.stem for path in (folder / "ImageSets" / "Main").glob("*.txt")}
         train = "trainval" if {"trainval", "test"} <= names else "train"
         test = "test" if "test" in names else "val"
-        classes = classes or voc_classes(folder / "Annotations")
+        files = (folder / "Annotations").glob("*.xml")
+        classes = classes or sorted({name for f in files for name, *_ in voc.read_objects(f)})
         parts = [read_voc(folder, [("", name)], classes) for name in (train, test)]
     else:
         parts = [read_coco(folder, *find_coco(folder, names)) for names in
@@ -121,15 +117,13 @@ def read_voc(folder: Path, lists: list[tuple[str, str]], classes: list[str]) -> 
     number = {name: i for i, name in enumerate(classes, 1)}
     for place, name in lists:
         path = folder / place / "ImageSets" / "Main" / f"{name}.txt"
-        if not path.is_file():
-            fail(f"{path} is missing; expected VOC's layout: ImageSets/Main/{name}.txt with the "
-                 "names of the images, JPEGImages/NAME.jpg and Annotations/NAME.xml.")  # fmt: skip
-        for stem in (line.split()[0] for line in path.read_text().splitlines() if line.strip()):
-            root = read_xml(folder / place / "Annotations" / f"{stem}.xml")
+        missing = (f"missing; expected VOC's layout: ImageSets/Main/{name}.txt with the names of "
+                   "the images, JPEGImages/NAME.jpg and Annotations/NAME.xml.")  # fmt: skip
+        for stem in voc.read_list(path, missing):
             file = Path(place) / "JPEGImages" / f"{stem}.jpg"
             images.append({"id": len(images) + 1, "file_name": str(file)})
-            for thing in root.findall("object"):
-                label = thing.findtext("name", "").strip()
+            objects = voc.read_objects(folder / place / "Annotations" / f"{stem}.xml")
+            for label, difficult, thing in objects:
                 if label not in number:
                     fail(f"{stem}.xml has an object of the class {label!r}, which is none of "
                          f"{','.join(classes)}. Give all names by --classes.")  # fmt: skip
@@ -144,27 +138,11 @@ def read_voc(folder: Path, lists: list[tuple[str, str]], classes: list[str]) -> 
                     "id": len(annotations) + 1, "image_id": len(images),
                     "category_id": number[label], "bbox": [left, top, right - left, bottom - top],
                     # Left out of training, as MMDetection does, and of the measure, as VOC does.
-                    "iscrowd": int(thing.findtext("difficult", "").strip() == "1"),
+                    "iscrowd": int(difficult),
                 })  # fmt: skip
     categories = [{"id": i, "name": name} for name, i in number.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     return Annotated(folder, indexed(content))
-
-
-def voc_classes(folder: Path) -> list[str]:
-    found = {
-        thing.findtext("name", "").strip()
-        for path in folder.glob("*.xml")
-        for thing in read_xml(path).findall("object")
-    }
-    return sorted(found)
-
-
-def read_xml(path: Path) -> ElementTree.Element:
-    try:
-        return ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        fail(f"{path} cannot be read as an annotation of VOC's: {error}.")
 
 
 def find_coco(folder: Path, names: tuple[str, ...]) -> tuple[Path, Path]:
@@ -216,7 +194,7 @@ def quiet() -> contextlib.AbstractContextManager[Any]:
 # Images -----------------------------------------------------------------------------------------
 
 
-class TrainingImages(Dataset[Any]):
+class BoxedImages(Dataset[Any]):
     """Images with boxes, half of them mirrored: (3, H, W) float32 in [0, 1], and torchvision's
     target of boxes (N, 4) in pixels, labels (N,) from 1 and, if asked for, masks (N, H, W) uint8.
     """

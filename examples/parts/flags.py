@@ -5,23 +5,21 @@ import json
 import os
 import sys
 import types
-from dataclasses import field, fields
+from dataclasses import field, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 
-from parts.processes import fail, join_processes, world_size
+from parts.machine import Machine
+from parts.processes import fail, join_processes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def flag(text: str, **default: Any) -> Any:
-    """A field of a recipe or protocol, and what --help says of it and its default's source."""
-    return field(metadata={"help": text}, **default)
+Fields = TypeVar("Fields")  # a recipe or protocol: a frozen dataclass of flag()
 
 
 def common_flags(parser: argparse.ArgumentParser, batch_size: int = 256) -> None:
+    """The flags of every evaluation."""
     add = parser.add_argument
     add("--data", type=Path, required=True, help="a folder; what it may hold is in the README")
     add("--model", default="resnet50", help="a timm model, or torchvision/NAME")
@@ -39,17 +37,66 @@ def common_flags(parser: argparse.ArgumentParser, batch_size: int = 256) -> None
     add("--seed", type=int, default=0)
 
 
-def check_common(args: argparse.Namespace) -> None:
-    """End the script where the flags cannot work, and make the folder for its results."""
-    for name, least in (("batch_size", 1), ("workers", 0), ("image_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            fail(f"--{name.replace('_', '-')} {value}; expected at least {least}.")
+def set_up(args: argparse.Namespace, join: bool = True) -> Machine:
+    """Join torchrun's processes, if asked to, and make the folder for the results.
+
+    Ends the program where the common flags cannot work. args.device is then this process's own.
+    """
+    if join:
+        args.device = str(join_processes(args.device))
+    check_at_least(1, args, "batch_size", "image_size")
+    check_at_least(0, args, "workers")
     try:
-        torch.empty(0, device=args.device)
+        device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
     args.output.mkdir(parents=True, exist_ok=True)
+    return Machine(device, DTYPES[args.dtype], args.batch_size, args.workers)
+
+
+def check_at_least(least: float, flags: Any, *names: str) -> None:
+    """End the program at the first of these flags of which a value is less."""
+    for name in names:
+        value = getattr(flags, name)
+        each = value if isinstance(value, tuple | list) else (value,)
+        if any(one is not None and one < least for one in each):
+            fail(f"--{name.replace('_', '-')} {value}; expected at least {least}.")
+
+
+# Recipes and protocols --------------------------------------------------------------------------
+
+
+def flag(text: str, **default: Any) -> Any:
+    """A field of a recipe or protocol, and what --help says of it and its default's source."""
+    return field(metadata={"help": text}, **default)
+
+
+def add_flags(group: Any, choices: dict[str, Any]) -> None:
+    """One for every field of the recipes or protocols; None where it is not given."""
+    kind = type(next(iter(choices.values())))
+    hints = get_type_hints(kind)
+    for f in fields(kind):
+        values = {name: getattr(choice, f.name) for name, choice in choices.items()}
+        listed = ", ".join(f"{name} {shown(value)}" for name, value in values.items())
+        text = f"{f.metadata['help']} (default: {listed})".replace("%", "%%")
+        hint = hints[f.name]
+        how: dict[str, Any] = {"type": hint}
+        if hint is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(hint, types.GenericAlias):  # tuple[int, ...]
+            how = {"type": get_args(hint)[0], "nargs": "*" if () in values.values() else "+"}
+        group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **how)
+
+
+def shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def with_flags(default: Fields, args: argparse.Namespace) -> Fields:
+    """`default` with those fields changed that the command line gives."""
+    given = {f.name: getattr(args, f.name) for f in fields(default)}  # type: ignore[arg-type]
+    given = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items() if v is not None}
+    return replace(default, **given)  # type: ignore[type-var]
 
 
 def protocol_parser(description: str, protocols: dict[str, Any]) -> argparse.ArgumentParser:
@@ -73,48 +120,12 @@ def protocol_parser(description: str, protocols: dict[str, Any]) -> argparse.Arg
     return parser
 
 
-def add_flags(group: Any, protocols: dict[str, Any]) -> None:
-    """One for every field of the protocols' dataclass; None where it is not given."""
-    kind = type(next(iter(protocols.values())))
-    hints = get_type_hints(kind)
-    for f in fields(kind):
-        values = {name: getattr(protocol, f.name) for name, protocol in protocols.items()}
-        listed = ", ".join(f"{name} {shown(value)}" for name, value in values.items())
-        text = f"{f.metadata['help']} (default: {listed})".replace("%", "%%")
-        hint = hints[f.name]
-        how: dict[str, Any] = {"type": hint}
-        if hint is bool:
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(hint, types.GenericAlias):  # tuple[int, ...]
-            how = {"type": get_args(hint)[0], "nargs": "*" if () in values.values() else "+"}
-        group.add_argument("--" + f.name.replace("_", "-"), default=None, help=text, **how)
-
-
-def shown(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-
-
-def parse(
-    parser: argparse.ArgumentParser, protocols: dict[str, Any], argv: list[str] | None
-) -> tuple[argparse.Namespace, set[str]]:
-    """The flags, those of the protocol filled in, and the names of the protocol's that were given.
-
-    Joins torchrun's processes; args.device is then this process' own.
-    """
+def parse_protocol(
+    parser: argparse.ArgumentParser, protocols: dict[str, Fields], argv: list[str] | None
+) -> tuple[argparse.Namespace, Fields]:
+    """The flags as they are given, and the protocol that they make."""
     args = parser.parse_args(argv)
-    protocol, given = protocols[args.protocol], set()
-    for f in fields(protocol):
-        value = getattr(args, f.name)
-        if value is None:
-            setattr(args, f.name, getattr(protocol, f.name))
-        else:
-            given.add(f.name)
-            setattr(args, f.name, tuple(value) if isinstance(value, list) else value)
-    for name in ("iterations", "eval_every", "save_every", "log_every"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}; expected at least 1.")
-    join_processes(args)
-    check_common(args)
-    if args.batch_size % world_size():
-        fail(f"--batch-size {args.batch_size} does not divide by {world_size()} processes.")
-    return args, given
+    protocol: Any = with_flags(protocols[args.protocol], args)
+    check_at_least(1, protocol, "iterations")
+    check_at_least(1, args, "eval_every", "save_every", "log_every")
+    return args, protocol

@@ -2,7 +2,6 @@
 image, and the order in which a classifier is trained on them.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -13,16 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from byol_pytorch.evaluation.features import shard
 from parts.backbone import Facts
-from parts.batches import seed_of
 from parts.decoding import CENTRE
 from parts.journal import Journal
-from parts.processes import fail, rank, tell, world_size
+from parts.machine import Machine
+from parts.order import Order, seed_of
+from parts.processes import fail, tell, world_size
 from parts.sources import Files, Source, open_data, picture
+from parts.voc import first_words
 
 # Folders that hold lists of "path label": the two lists, and where their paths begin. The first as
 # places.csail.mit.edu packs it; then torchvision.datasets.Places365, small and large; then the
@@ -36,10 +36,10 @@ LISTS = (
     ("meta/train.txt", "meta/val.txt", ("train_val2018", "train_val2018")),
 )  # fmt: skip
 HELD_OUT = 5  # of every so many images of a class one is tested on, where there is no test set
-Part = tuple[Source, np.ndarray]  # a source and the numbers of its images
+Chosen = tuple[Source, np.ndarray]  # a source and the numbers of its images
 
 
-def open_images(folder: Path) -> tuple[Part, Part]:
+def open_images(folder: Path) -> tuple[Chosen, Chosen]:
     """Training and test images with labels: what open_labelled reads, and Places205, Places365,
     iNaturalist 2018 to 2021 and lists of "path label" in the layouts of LISTS."""
     for train, test, roots in LISTS:
@@ -55,7 +55,7 @@ def open_images(folder: Path) -> tuple[Part, Part]:
     return with_classes(folder, list(open_labelled(folder)))
 
 
-def with_classes(folder: Path, parts: list[Part]) -> tuple[Part, Part]:
+def with_classes(folder: Path, parts: list[Chosen]) -> tuple[Chosen, Chosen]:
     """Both parts, where one can train on the first and test on the second."""
     train, test = (set(source.labels[numbers].tolist()) for source, numbers in parts)
     if len(train) < 2:
@@ -66,7 +66,7 @@ def with_classes(folder: Path, parts: list[Part]) -> tuple[Part, Part]:
     return parts[0], parts[1]
 
 
-def read_list(path: Path, root: Path) -> Part:
+def read_list(path: Path, root: Path) -> Chosen:
     """Lines of "path label"; the label may be apart by a space, a comma or a tab."""
     lines = [line.replace(",", " ").rsplit(maxsplit=1) for line in path.read_text().splitlines()]
     lines = [line for line in lines if line]
@@ -75,7 +75,7 @@ def read_list(path: Path, root: Path) -> Part:
     return numbered([name for name, _ in lines], [int(label) for _, label in lines], root)
 
 
-def read_json(path: Path, root: Path) -> Part:
+def read_json(path: Path, root: Path) -> Chosen:
     """iNaturalist's annotations."""
     content = json.loads(path.read_text())
     label = {item["image_id"]: item["category_id"] for item in content["annotations"]}
@@ -83,18 +83,18 @@ def read_json(path: Path, root: Path) -> Part:
     return numbered(names, [label[item["id"]] for item in content["images"]], root)
 
 
-def read_folders(root: Path) -> Part:
+def read_folders(root: Path) -> Chosen:
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
     found = [(f"{c}/{f}", i) for i, c in enumerate(classes) for f in sorted(os.listdir(root / c))]
     return numbered([name for name, _ in found], [label for _, label in found], root)
 
 
-def numbered(names: list[str], labels: list[int], root: Path) -> Part:
+def numbered(names: list[str], labels: list[int], root: Path) -> Chosen:
     encoded = np.array([os.fsencode(name.lstrip("/")) for name in names])
     return Files(np.array(labels, np.int64), root, encoded), np.arange(len(names))
 
 
-def open_labelled(folder: Path) -> tuple[tuple[Source, np.ndarray], tuple[Source, np.ndarray]]:
+def open_labelled(folder: Path) -> tuple[Chosen, Chosen]:
     """Training and test images: each a source and the numbers of its images.
 
     What open_data reads, with labels. Without a test set every fifth image of a class is tested
@@ -133,12 +133,12 @@ def balanced(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(kept))
 
 
-def listed(part: Part, path: Path) -> np.ndarray:
+def listed(part: Chosen, path: Path) -> np.ndarray:
     """The numbers of the images that a list names: the first word of each line is a path within
     the data, a file's name, or where images have no names a number, counted from 0."""
     source, numbers = part
     try:
-        words = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        words = first_words(path)
     except OSError as error:
         fail(f"--label-list {path} cannot be read: {error.strerror}.")
     places = {}
@@ -186,10 +186,11 @@ class Labelled(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(self.source.labels[index])
 
 
-def evaluation_transform(facts: Facts, part: float = CENTRE) -> Transform:
-    """The central square over `part` of the short edge: at 224 px of a short edge of 256."""
+def evaluation_transform(facts: Facts, whole: bool) -> Transform:
+    """The central square, at 224 px of a short edge of 256; or all of the short edge."""
+    edge = round(facts.image_size / (1.0 if whole else CENTRE))
     return v2.Compose([
-        v2.Resize(round(facts.image_size / part), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.Resize(edge, interpolation=v2.InterpolationMode.BICUBIC),
         v2.CenterCrop(facts.image_size),
         *as_tensor(facts),
     ])  # fmt: skip
@@ -207,25 +208,10 @@ def as_tensor(facts: Facts) -> list[Transform]:
     return [v2.ToImage(), to_float, v2.Normalize(facts.mean, facts.std)]
 
 
-def evaluation_images(part: tuple[Source, np.ndarray], facts: Facts) -> Labelled:
+def evaluation_images(part: Chosen, facts: Facts) -> Labelled:
     """For features: images of one size, such as CIFAR's, are seen whole."""
     source, indices = part
-    whole = source.size is not None
-    return Labelled(source, evaluation_transform(facts, 1.0 if whole else CENTRE), indices)
-
-
-def image_loader(
-    dataset: Dataset[Any], args: argparse.Namespace, shuffle: bool = False, **options: Any
-) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        args.batch_size,
-        shuffle=shuffle,
-        num_workers=args.workers,
-        pin_memory=torch.device(args.device).type == "cuda",
-        persistent_workers=args.workers > 0,
-        **options,
-    )
+    return Labelled(source, evaluation_transform(facts, whole=source.size is not None), indices)
 
 
 @dataclass
@@ -238,47 +224,20 @@ class Drawn(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed_of(self.seed, *key))
-            return self.images[key[1]]
+            epoch, number = map(int, key)
+            torch.manual_seed(seed_of(self.seed, epoch, number))
+            return self.images[number]
 
 
-@dataclass
-class Epoch(Sampler[list[tuple[int, int]]]):
-    """This rank's share of the batches of epoch number `epoch`, which the loop sets.
-
-    All images once, in a new order, in batches equal to one image and at most of `size`.
-    """
-
-    images: int
-    size: int
-    seed: int
-    epoch: int = 0
-
-    def __len__(self) -> int:
-        return -(-self.images // self.size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.images)
-        for batch in np.array_split(order, len(self)):
-            yield [(self.epoch, int(number)) for number in batch[rank() :: world_size()]]
-
-
-def training_loader(images: Labelled, size: int, args: argparse.Namespace) -> DataLoader[Any]:
-    """Batches of `size` images over all processes; `loader.batch_sampler.epoch` is to be set."""
+def training_loader(images: Labelled, size: int, seed: int, machine: Machine) -> DataLoader[Any]:
+    """Batches of `size` images over all processes; loader.batch_sampler.only(epoch) chooses."""
     if len(images) < world_size():
         fail(f"{len(images)} training images for {world_size()} processes.")
-    return DataLoader(
-        Drawn(images, args.seed),
-        batch_sampler=Epoch(len(images), size, args.seed),
-        num_workers=args.workers,
-        pin_memory=torch.device(args.device).type == "cuda",
-        persistent_workers=args.workers > 0,
+    order = Order(len(images), size, seed, stop=0, rest="spread")
+    order.only(epoch=0)
+    return machine.loader(
+        Drawn(images, seed), batch_sampler=order, persistent_workers=machine.workers > 0
     )
-
-
-def test_loader(images: Labelled, args: argparse.Namespace) -> DataLoader[Any]:
-    """This rank's share, no image twice."""
-    return image_loader(shard(images), args)
 
 
 @dataclass

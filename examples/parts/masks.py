@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.datasets import Cityscapes
 from torchvision.transforms.v2 import functional as TF
 
-from parts.boxes import VOC_CLASSES
+from parts import voc
 from parts.processes import fail, once, tell
 from parts.sources import ENDINGS
 
@@ -43,13 +43,12 @@ def open_masks(folder: Path, classes: list[str] | None, ignore_index: int) -> tu
     leftImg8bit and gtFine, as torchvision reads them. Else train/images, train/masks and the same
     in val or test: files of equal stems, the masks with the numbers of the classes.
     """
-    places = (folder, folder / "VOC2012", folder / "VOCdevkit" / "VOC2012")
-    voc = next((p for p in places if (p / "ImageSets" / "Segmentation").is_dir()), None)
-    if voc or (folder / "leftImg8bit").is_dir():
+    year = voc.find_year(folder, "VOC2012", "Segmentation")
+    if year or (folder / "leftImg8bit").is_dir():
         if classes or ignore_index != IGNORED:
             fail("--classes and --ignore-index are for folders of masks: VOC and Cityscapes have "
                  "their own.")  # fmt: skip
-        return open_voc(voc) if voc else open_cityscapes(folder)
+        return open_voc(year) if year else open_cityscapes(folder)
     test = next((name for name in ("val", "test") if (folder / name / "masks").is_dir()), None)
     if test is None or not (folder / "train" / "masks").is_dir():
         fail(f"--data {folder} is none of VOC2012 (ImageSets/Segmentation), Cityscapes "
@@ -67,17 +66,16 @@ def open_voc(folder: Path) -> tuple[Masked, Masked]:
         tell("no aug.txt: without SBD's masks, which the published figure includes")
     train = [pair for name, masks in found.items() for pair in voc_pairs(folder, name, masks)]
     test = voc_pairs(folder, "val", "SegmentationClass")
-    classes = ["background", *VOC_CLASSES]
+    classes = ["background", *voc.CLASSES]
     meaning = meanings(len(classes))
     return Masked(train, classes, meaning), Masked(test, classes, meaning)
 
 
 def voc_pairs(folder: Path, name: str, masks: str) -> list[tuple[Path, Path]]:
     path = folder / "ImageSets" / "Segmentation" / f"{name}.txt"
-    if not path.is_file():
-        fail(f"{path} is missing; expected VOC2012's list of images.")
+    stems = voc.read_list(path, "missing; expected VOC2012's list of images.")
     pairs = [(folder / "JPEGImages" / f"{stem}.jpg", folder / masks / f"{stem}.png")
-             for stem in path.read_text().split()]  # fmt: skip
+             for stem in stems]  # fmt: skip
     missing = [str(file) for pair in pairs for file in pair if not file.is_file()]
     if missing or not pairs:
         fail(f"{path} names {len(pairs)} images, and {len(missing)} files of theirs are missing, "

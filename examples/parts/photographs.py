@@ -7,13 +7,14 @@ import importlib.resources
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
+
+from parts.processes import fail
 
 # Of the pictures in scikit-image's wheel, those that are photographs, and scikit-learn's two.
 # fmt: off
@@ -196,7 +197,3 @@ def hold_out(labels: Tensor, good: Tensor) -> Tensor:
 
 def as_batch(images: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-
-
-def fail(sentence: str) -> NoReturn:
-    raise SystemExit(f"quickstart: {sentence}")

@@ -1,31 +1,44 @@
-"""What every program does about processes: join torchrun's, end with one sentence, share what one
-of them has read, and leave a scheduler's signals to the process that saves.
+"""What the programs do about processes: join torchrun's, add up over them, share what one of them
+has read, end with one sentence, and leave a scheduler's signals to the process that saves.
 """
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def join_processes(args: argparse.Namespace) -> None:
-    """One process each device under torchrun, whose environment says which this is."""
-    local = os.environ.get("LOCAL_RANK")
-    if local is not None and torch.device(args.device).type == "cuda":
-        args.device = f"cuda:{local}"
-        torch.cuda.set_device(args.device)
+def join_processes(device: str) -> torch.device:
+    """The device of this process; under torchrun, whose environment says which one this is, it
+    joins the others."""
+    try:
+        own = torch.device(device)
+    except RuntimeError:
+        fail(f"--device {device} is no device of torch, such as cuda, cuda:1 or cpu.")
+    if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", own.index or 0)))
+        if own.index >= torch.cuda.device_count():
+            fail(f"--device {device}: torch sees no CUDA device number {own.index}.")
+        torch.cuda.set_device(own)
     if "RANK" in os.environ and not dist.is_initialized():
-        backend = "nccl" if args.device.startswith("cuda") else "gloo"
+        # Long enough for rank 0 to list the files of a slow disk.
+        backend = "nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    return own
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -36,44 +49,50 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def leave_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def parallel(net: nn.Module, args: argparse.Namespace) -> nn.Module:
-    if world_size() == 1:
-        return net
-    ids = [torch.device(args.device).index] if args.device.startswith("cuda") else None
-    # Synchronised batch norms have the same statistics everywhere.
-    return DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+def summed(value: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
 
 
 def once(make: Callable[[], Any]) -> Any:
     """What `make` gives on rank 0, on every rank: one of them reads the folders, not all."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if world_size() == 1:
         return make()
-    box = [make() if dist.get_rank() == 0 else None]
+    box = [make() if rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def leave_signals_to_the_trainer(_: int) -> None:
-    # A scheduler signals every process of a job: the trainer must find its workers alive to save.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def gathered(value: Any) -> list[Any]:
+    """The values of all processes, on each of them."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
-def fail(sentence: str) -> NoReturn:
-    """End this process with one sentence, which one process of each machine prints."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    raise SystemExit(f"{Path(sys.argv[0]).stem}: {sentence}" if first else 1)
+def parallel(net: nn.Module, device: torch.device, broadcast_buffers: bool = False) -> nn.Module:
+    """`net` under DDP where there are several processes, whose synchronised batch norms have the
+    same statistics without a broadcast."""
+    if world_size() == 1:
+        return net
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        net, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=broadcast_buffers
+    )
 
 
-def tell(text: str) -> None:
-    """Print on rank 0."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+def synchronised(model: Any, last: bool) -> AbstractContextManager[Any]:
+    """Gradients are averaged over the processes in the last pass of a step alone."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(last)
+    ddp = isinstance(model, DistributedDataParallel)
+    return model.no_sync() if ddp and not last else nullcontext()
+
+
+# Signals and sentences --------------------------------------------------------------------------
 
 
 def asked_to_stop() -> list[int]:
@@ -82,3 +101,21 @@ def asked_to_stop() -> list[int]:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: came.append(number))
     return came
+
+
+def leave_signals_to_the_trainer(_: int) -> None:
+    # A scheduler signals every process of a job: the trainer must find its workers alive to save.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def tell(text: str) -> None:
+    """Print on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def fail(sentence: str) -> NoReturn:
+    """End this process with one sentence, which one process of each machine prints."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    raise SystemExit(f"{Path(sys.argv[0]).stem}: {sentence}" if first else 1)

@@ -19,7 +19,8 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from byol_pytorch.checkpoint import replacing
-from parts.photographs import Pictures, fail
+from parts.photographs import Pictures
+from parts.processes import fail
 
 Features = tuple[Tensor, Tensor]  # (N, D) of the training and of the test images
 

@@ -1,8 +1,7 @@
-"""What lets a run be stopped at any moment: one run a folder, its state on disk, and the refusal of
-a state that is of another run.
+"""What lets a run be stopped at any moment: one run a folder, its state in last.pt, and the refusal
+of a state that is of another run.
 """
 
-import argparse
 import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +9,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from byol_pytorch import BYOL, checkpoint
-from parts.processes import fail, rank
+from parts.processes import fail, gathered, rank
 
 # Flags that may differ when a run goes on: where, how fast and how closely watched.
 FREE = ("data", "output", "json", "workers", "device", "eval_every", "save_every", "log_every")
 
 
 @contextmanager
-def the_only_run(folder: Path, rank: int) -> Iterator[None]:
+def the_only_run(folder: Path) -> Iterator[None]:
     """Make the folder and hold it: two runs in one would mix their checkpoints."""
-    if rank:
+    if rank():
         yield
         return
     try:
@@ -43,31 +42,73 @@ def the_only_run(folder: Path, rank: int) -> Iterator[None]:
         yield
 
 
-def read_checkpoint(path: Path, plan: Any) -> dict[str, Any] | None:
-    """The state to go on from, if there is one; a run that differs from this one is refused."""
+def read_state(path: Path, identity: dict[str, Any], hint: str = "") -> dict[str, Any] | None:
+    """The state to go on from, if there is one; that of a run that differs from this one ends it.
+
+    `identity` is what both must have in common, `hint` says what else can be done.
+    """
     try:
         state = checkpoint.load(path) if path.exists() else None
     except (ValueError, OSError) as error:
         fail(f"{error} Or start anew with another --output.")
-    if plan.world > 1:
-        steps: list[Any] = [None] * plan.world
-        dist.all_gather_object(steps, state and state["progress"]["step"])
-        if len(set(steps)) > 1:
-            fail(f"the ranks see different files {path}: --output must be on a shared disk.")
+    # Nothing of it but how far the run is differs between two states of one run.
+    names = ("progress", "step", "epoch", "history")
+    if len(set(gathered(state and repr([state.get(name) for name in names])))) > 1:
+        fail(f"the ranks see different files {path}: --output must be on a shared disk.")
     if state is None:
         return None
-    before, now = state["identity"], plan.identity
-    lines = [
-        f"\n  {name.replace('_', '-')}: {before.get(name)} there, {now.get(name)} now"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
+    before = state.get("identity")
+    if not isinstance(before, dict):
+        fail(f"{path} is no state of this script. Give another --output to start anew.")
+    changed = [
+        f"\n  {name.replace('_', '-')}: {before.get(name)} there, {identity.get(name)} now"
+        for name in {**before, **identity}
+        if before.get(name) != identity.get(name)
     ]
-    if lines:
+    if changed:
         fail(
-            f"{path} is of another run, so it cannot go on:{''.join(lines)}\n"
-            "Give the same flags, or another --output (from these weights: --init-from)."
+            f"{path} is of another run, so it cannot go on:{''.join(changed)}\n"
+            f"Give the same flags, or another --output{hint}."
         )
     return state
+
+
+# Evaluations ------------------------------------------------------------------------------------
+
+
+@dataclass
+class LastState:
+    """OUTPUT/last.pt: the states of `parts`, such as a module or an optimizer, and some notes."""
+
+    path: Path
+    identity: dict[str, str]
+    parts: dict[str, Any]
+
+    def restore(self) -> dict[str, Any] | None:
+        """Set the parts as an earlier run left them; its notes, None where there was none."""
+        state = read_state(self.path, self.identity)
+        for name, part in self.parts.items() if state else ():
+            part.load_state_dict(state[name])
+        return state
+
+    def save(self, **notes: Any) -> None:
+        """Write the file on rank 0, whole or not at all."""
+        if rank():
+            return
+        states = {name: dict(part.state_dict()) for name, part in self.parts.items()}
+        try:
+            checkpoint.save({"identity": self.identity, **notes, **states}, self.path)
+        except OSError as error:
+            fail(f"{self.path} cannot be written: {error}.")
+
+
+def identity(flags: dict[str, Any], images: int) -> dict[str, str]:
+    """What an evaluation that goes on must have in common with the one before."""
+    kept = {name: str(value) for name, value in flags.items() if name not in FREE}
+    return kept | {"training images": str(images)}
+
+
+# Pre-training, whose state may be sharded -------------------------------------------------------
 
 
 @dataclass
@@ -82,15 +123,44 @@ class Progress:
     bad: dict[int, str] = field(default_factory=dict)  # images that could not be read
 
 
-def restore(state: dict[str, Any], learner: BYOL, optimizer: Any, scaler: Any) -> Progress:
-    own = learner.state_dict()
-    learner.load_state_dict({k: sharded_like(own[k], v) for k, v in state["learner"].items()})
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, values in state["optimizer"]["state"].items():
-        values |= {k: sharded_like(trained[number], v) for k, v in values.items()}
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+@dataclass
+class Run:
+    """A pre-training run: what is trained, and how far it is. Every rank calls the methods."""
+
+    learner: BYOL
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress = field(default_factory=Progress)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        own = self.learner.state_dict()
+        learner = {k: sharded_like(own[k], v) for k, v in state["learner"].items()}
+        self.learner.load_state_dict(learner)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, values in state["optimizer"]["state"].items():
+            values |= {k: sharded_like(trained[number], v) for k, v in values.items()}
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+
+    def save(self, path: Path, identity: dict[str, Any], setup: dict[str, Any]) -> OSError | None:
+        """What the disk said where it cannot be written: then the file before is still there."""
+        parts = self.optimizer.state_dict()
+        state = {
+            "identity": identity,
+            "layout": setup,
+            "progress": asdict(self.progress),
+            "learner": dict(whole(self.learner.state_dict())),
+            "optimizer": {**parts, "state": whole(parts["state"])},
+            "scaler": self.scaler.state_dict(),
+            "normalisation": self.learner.normalisation,
+        }
+        try:
+            if rank() == 0:
+                checkpoint.save(state, path)
+        except OSError as error:
+            return error
+        return None
 
 
 def sharded_like(own: Any, value: Any) -> Any:
@@ -106,40 +176,8 @@ def whole(value: Any) -> Any:
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value
 
 
-def save(
-    progress: Progress, learner: BYOL, optimizer: Any, scaler: Any, plan: Any, args: Any
-) -> OSError | None:
-    """Write last.pt; every rank has to call it. What the disk said where it could not be written:
-    then the one before is still there."""
-    parts = optimizer.state_dict()
-    state = {
-        "identity": plan.identity,
-        "layout": layout(plan, args),
-        "progress": asdict(progress),
-        "learner": dict(whole(learner.state_dict())),
-        "optimizer": {**parts, "state": whole(parts["state"])},
-        "scaler": scaler.state_dict(),
-        "normalisation": learner.normalisation,
-    }
-    try:
-        if plan.rank == 0:
-            checkpoint.save(state, args.output / "last.pt")
-    except OSError as error:
-        return error
-    return None
-
-
-def layout(plan: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What may change from one start to the next."""
-    passes = plan.identity["batch_size"] // (plan.world * plan.images)
-    flags = ("compile", "fsdp", "channels_last", "sync_bn")
-    known = {"processes": plan.world, "passes a step": passes, "device": plan.device.type}
-    return known | {name: getattr(args, name) for name in flags}
-
-
-def what_changed(state: dict[str, Any], plan: Any, args: argparse.Namespace) -> str:
-    """A sentence on how a resumed run differs from the one before, where it does."""
-    before, now = state["layout"], layout(plan, args)
+def what_changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """A sentence on how a resumed run differs from the one before in what may differ."""
     changes = [f"{k} {now[k]} instead of {before[k]}" for k in now if now[k] != before.get(k)]
     if not changes:
         return "goes on from last.pt"
@@ -147,39 +185,3 @@ def what_changed(state: dict[str, Any], plan: Any, args: argparse.Namespace) -> 
         f"goes on from last.pt with {', '.join(changes)}: the same images in the same order, equal "
         "up to rounding and to how many images share a batch norm"
     )
-
-
-def identity(images: int, args: argparse.Namespace) -> dict[str, str]:
-    """What a run that goes on must have in common with the one before."""
-    flags = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    return flags | {"training images": str(images)}
-
-
-def keep(state: dict[str, Any], path: Path) -> None:
-    """Write the state of a run on rank 0, whole or not at all."""
-    if rank():
-        return
-    try:
-        checkpoint.save(state, path)
-    except OSError as error:
-        fail(f"{path} cannot be written: {error}.")
-
-
-def saved(path: Path, now: dict[str, str]) -> dict[str, Any] | None:
-    """The state to go on from, where there is one; a run that differs from this one is refused."""
-    if not path.exists():
-        return None
-    try:
-        state = checkpoint.load(path)
-        before = state["identity"]
-    except (ValueError, OSError, KeyError) as error:
-        fail(f"{path} is no state of this script: {error} Give another --output to start anew.")
-    changed = [
-        f"{name.replace('_', '-')} {before.get(name)} there and {now.get(name)} now"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        fail(f"{path} is of another run: {'; '.join(changed)}. Give the same flags, or another "
-             "--output.")  # fmt: skip
-    return state

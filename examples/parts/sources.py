@@ -42,11 +42,11 @@ class Source:
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """Within the data's folder."""
+        """The image's path within the data's folder, or what else tells it apart."""
         return f"image {index}"
 
     def fingerprint(self) -> int:
-        """Another one where images came, went or were renamed: then the order is another."""
+        """A number that changes where images came, went or were renamed, as their order does."""
         names = "\n".join(self.name(i) for i in range(0, len(self), max(1, len(self) // 1000)))
         return zlib.crc32(self.labels.tobytes(), zlib.crc32(names.encode()))
 

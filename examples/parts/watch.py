@@ -3,23 +3,24 @@
 Nothing here changes what is trained: a run that is not watched ends with the same weights.
 """
 
-import argparse
 import math
 import resource
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
+from byol_pytorch import BYOL
 from byol_pytorch.evaluation import knn_accuracy
+from byol_pytorch.evaluation.features import extract_features
 from parts.batches import Bad, EvaluationImages, make_loader
 from parts.decoding import PAPER_CROP, Crop, draw_box
 from parts.journal import Clock, Journal
-from parts.processes import fail
+from parts.processes import fail, gathered, rank, summed, world_size
+from parts.resume import Run
 from parts.sources import Source, header_size
 
 EVALUATION_BATCH = 256
@@ -35,26 +36,40 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+@dataclass(frozen=True)
+class Watching:
+    """How closely a run is watched; each is a flag of its program."""
+
+    log_every: int  # steps
+    health_every: int  # steps
+    knn_every: int  # epochs
+    knn_images: int
+    knn_neighbours: int
+    knn_temperature: float
+    max_bad: float  # share of the images
+    max_skipped: int  # steps in a row
+
+
 class Watch:
     """What is done beside the training: figures, nearest neighbours, alarms, unreadable images."""
 
     def __init__(
-        self, journal: Journal, learner: Any, source: Source, test: Source | None, progress: Any,
-        recipe: Any, plan: Any, args: argparse.Namespace,
-    ) -> None:  # fmt: skip
-        self.journal, self.learner, self.source, self.progress = journal, learner, source, progress
-        self.recipe, self.plan, self.args = recipe, plan, args
+        self, plan: Any, run: Run, journal: Journal, source: Source, test: Source | None
+    ) -> None:
+        self.plan, self.recipe, self.how = plan, plan.recipe, plan.watching
+        self.learner, self.progress = run.learner, run.progress
+        self.journal, self.source = journal, source
         self.clock = Clock(plan.device)
         self.losses: list[Tensor] = []
         self.unread: list[Bad] = []
-        self.logged = progress.step
+        self.logged = run.progress.step
         self.neighbours = Neighbours(
-            source, test, args.knn_images, args.knn_neighbours, args.knn_temperature
+            source, test, self.how.knn_images, self.how.knn_neighbours, self.how.knn_temperature
         )
         every = range(0, len(source), max(1, len(source) // HEALTH_IMAGES))
-        self.sample, good = EvaluationImages(source, recipe.image_size)[np.array(every)]
-        self.sample = self.sample[good][:HEALTH_IMAGES].to(plan.device)
-        if progress.step == 0:
+        self.sample, good = EvaluationImages(source, self.recipe.image_size)[np.array(every)]
+        self.sample = self.sample[good == 1][:HEALTH_IMAGES].to(plan.device)
+        if run.progress.step == 0:
             self._neighbours()
 
     def before(self, bad: list[Bad], one: Tensor, two: Tensor) -> None:
@@ -68,21 +83,21 @@ class Watch:
 
     def look(self, norm: Tensor, lr: float, everything: bool) -> None:
         """After a step, which the progress counts already."""
-        step, args = self.progress.step, self.args
+        step, how = self.progress.step, self.how
         self.journal.advance()
         last = step == self.plan.steps
-        if step % args.log_every == 0 or everything:
+        if step % how.log_every == 0 or everything:
             self._bad_images()
             self._figures(norm, lr)
-        if step == 1 or step % args.health_every == 0 or last:
+        if step == 1 or step % how.health_every == 0 or last:
             self._health()
         epoch, rest = divmod(step, self.plan.epoch_steps)
-        if (args.knn_every and rest == 0 and epoch % args.knn_every == 0) or last:
+        if (how.knn_every and rest == 0 and epoch % how.knn_every == 0) or last:
             self._neighbours()
 
     def stop_if_skipping(self) -> None:
         progress = self.progress
-        if progress.streak < self.args.max_skipped:
+        if progress.streak < self.how.max_skipped:
             return
         sentence = (
             f"the gradients of {progress.streak} steps in a row were not finite, "
@@ -94,14 +109,14 @@ class Watch:
         fail(sentence)
 
     def too_many_bad(self) -> bool:
-        return len(self.progress.bad) > self.args.max_bad * len(self.source)
+        return len(self.progress.bad) > self.how.max_bad * len(self.source)
 
     def stop_if_bad(self) -> None:
         if self.too_many_bad():
             first = next(iter(self.progress.bad.items()))
             fail(
                 f"{len(self.progress.bad)} of {len(self.source)} images cannot be read, and "
-                f"--max-bad is {self.args.max_bad:g}. log.jsonl names them, the first is "
+                f"--max-bad is {self.how.max_bad:g}. log.jsonl names them, the first is "
                 f"{self.source.name(first[0])}: {first[1]}"
             )
 
@@ -120,12 +135,10 @@ class Watch:
             return
         loss = torch.stack(self.losses).mean()
         self.losses.clear()
-        if self.plan.world > 1:
-            dist.all_reduce(loss)
         speed = self.clock.read(steps)
         figures = {
             "epoch": self.progress.step / self.plan.epoch_steps,
-            "loss": loss.item() / self.plan.world,
+            "loss": summed(loss).item() / self.plan.world,
             "lr": lr,
             "ema_decay": self.learner.moving_average_decay,
             "grad_norm": norm.item(),
@@ -138,12 +151,9 @@ class Watch:
         self.journal.figures(self.progress.step, figures)
 
     def _bad_images(self) -> None:
-        found = [self.unread]
-        if self.plan.world > 1:
-            found = [[] for _ in range(self.plan.world)]
-            dist.all_gather_object(found, self.unread)
+        found = sorted(bad for of_rank in gathered(self.unread) for bad in of_rank)
         self.unread = []
-        for index, reason in sorted(bad for of_rank in found for bad in of_rank):
+        for index, reason in found:
             if index not in self.progress.bad:
                 self.progress.bad[index] = reason
                 name = self.source.name(index)
@@ -175,11 +185,11 @@ class Watch:
         progress.highest_std = max(progress.highest_std, std)
 
     def _neighbours(self) -> None:
-        if not self.args.knn_every or not self.neighbours:
+        if not self.how.knn_every or not self.neighbours:
             return
-        plan, args = self.plan, self.args
+        plan = self.plan
         accuracy = self.neighbours.accuracy(
-            self.learner, self.recipe.image_size, plan.device, args.workers
+            self.learner, self.recipe.image_size, plan.device, plan.workers
         )
         epoch, step = self.progress.step / plan.epoch_steps, self.progress.step
         self.journal.figures(step, {"epoch": epoch, "knn_accuracy": accuracy})
@@ -209,18 +219,12 @@ class Neighbours:
     def __bool__(self) -> bool:
         return min(len(self.bank[1]), len(self.queries[1])) > 0
 
-    def accuracy(self, learner: Any, size: int, device: torch.device, workers: int) -> float:
+    def accuracy(self, learner: BYOL, size: int, device: torch.device, workers: int) -> float:
         """In percent, of the backbone as it is, in evaluation mode. Every rank calls it."""
-        modes = [(module, module.training) for module in learner.modules()]
-        learner.eval()
         try:
             (bank, labels), (queries, truth) = (
                 embed(learner, *part, size, device, workers) for part in (self.bank, self.queries)
             )
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        try:
             k = min(self.k, len(bank))
             return 100 * knn_accuracy(
                 bank, labels, queries, truth, k=k, temperature=self.temperature
@@ -229,33 +233,21 @@ class Neighbours:
             return math.nan
 
 
-@torch.no_grad()
 def embed(
-    learner: Any, source: Source, numbers: np.ndarray, size: int, device: torch.device, workers: int
-) -> tuple[Tensor, Tensor]:
-    """Normalised representations (N, D) and labels (N,), worked out by all ranks together."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    share = math.ceil(len(numbers) / world)
-    mine = np.resize(numbers, share * world)[rank::world]
+    learner: BYOL, source: Source, numbers: np.ndarray, size: int, device: torch.device,
+    workers: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Representations (N, D) and labels (N,) of the images that can be read, by all ranks."""
+    # As many on each rank: under FSDP a forward pass is one of all ranks.
+    share = math.ceil(len(numbers) / world_size())
+    mine = np.resize(numbers, share * world_size())[rank() :: world_size()]
     parts = np.array_split(mine, math.ceil(share / EVALUATION_BATCH))
-    features, good = [], []
-    for images, read in make_loader(EvaluationImages(source, size), parts, workers, device):
-        features.append(F.normalize(learner.representation(images.to(device)).float()))
-        good.append(read.to(device))
-    every, readable = gather(torch.cat(features), world), gather(torch.cat(good), world)
-    every, readable = every[: len(numbers)], readable[: len(numbers)]
-    labels = torch.from_numpy(source.labels[numbers]).to(device)
-    return every[readable], labels[readable]
-
-
-def gather(mine: Tensor, world: int) -> Tensor:
-    """The rows of all ranks, in the order in which rank::world took them."""
-    if world == 1:
-        return mine
-    parts = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(parts, mine)
-    return torch.stack(parts, dim=1).flatten(0, 1)
+    loader = make_loader(EvaluationImages(source, size), parts, workers, device)
+    features, readable = extract_features(learner, loader, device=device)
+    assert readable is not None
+    good = readable[: len(numbers)] == 1
+    labels = torch.from_numpy(source.labels[numbers])
+    return features[: len(numbers)][good], labels[good]
 
 
 def has_collapsed(std: float, highest: float, projection_size: int) -> bool:
@@ -286,12 +278,12 @@ def likely_cause(
     return "most often the learning rate or a short warm-up: lower --lr, raise --warmup-epochs"
 
 
-def describe(learner: Any, recipe: Any, plan: Any, source: Source, shards: int) -> None:
+def describe(learner: BYOL, plan: Any, source: Source, shards: int) -> None:
     """What --dry-run prints; the weights of a run are split into `shards` parts."""
+    recipe = plan.recipe
     for name, value in plan.identity.items():
         print(f"{name.replace('_', '-'):24} {value}")
-    decode_size = plan.identity["decode_size"]
-    share = upsampled_share(source, recipe.image_size, decode_size, recipe.crop)
+    share = upsampled_share(source, recipe.image_size, plan.decode_size, recipe.crop)
     print(
         f"\nglobal batch {recipe.batch_size}: {plan.world} processes x {recipe.accumulate} passes "
         f"x {plan.images} images, on {plan.device.type}\n"
@@ -299,11 +291,11 @@ def describe(learner: Any, recipe: Any, plan: Any, source: Source, shards: int) 
         f"learning rate {plan.lr:g} after {plan.warmup_steps} steps of warm-up, "
         f"EMA decay {plan.decay:g}{'' if recipe.constant_decay else ' rising to 1'}\n"
         f"{100 * share:.0f} % of the views are enlarged from fewer pixels than they have\n"
-        f"memory: about {estimated_gib(learner, recipe, plan, shards):.2f} GiB a process"
+        f"memory: about {estimated_gib(learner, plan, shards):.2f} GiB a process"
     )
 
 
-def estimated_gib(learner: Any, recipe: Any, plan: Any, shards: int) -> float:
+def estimated_gib(learner: BYOL, plan: Any, shards: int) -> float:
     """Weights and what belongs to them, and what a backward pass of both views keeps, which is
     measured with two images."""
     kept: dict[int, int] = {}
@@ -312,7 +304,7 @@ def estimated_gib(learner: Any, recipe: Any, plan: Any, shards: int) -> float:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    size = (2, 3, recipe.image_size, recipe.image_size)
+    size = (2, 3, plan.recipe.image_size, plan.recipe.image_size)
     one, two = (torch.randn(size, device=plan.device) for _ in range(2))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), plan.autocast():
         loss = learner(one, two)
@@ -321,7 +313,7 @@ def estimated_gib(learner: Any, recipe: Any, plan: Any, shards: int) -> float:
     for p in weights:
         kept.pop(p.untyped_storage().data_ptr(), None)
     own = sum(p.nbytes for p in weights)
-    states = 2 if recipe.optimizer == "adamw" else 1
+    states = 2 if plan.recipe.optimizer == "adamw" else 1
     # Of what trains: gradient, optimizer's state, and the copies that undo a step.
     copies = (2 + 2 * states) * sum(p.nbytes for p in weights if p.requires_grad)
     return ((own + copies) / shards + sum(kept.values()) / len(one) * plan.images) / 2**30
