@@ -1,4 +1,4 @@
-"""The README's recipes for Lightning and Accelerate, run as they stand there."""
+"""The recipes for Lightning and Accelerate in docs/loops.md, run as they stand there."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from byol_pytorch import BYOL
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "loops.md"
 PACKAGES = {"Lightning": "lightning", "Accelerate": "accelerate"}
 ACCUMULATING = {
     "Lightning": "accumulate_grad_batches=2",
@@ -32,10 +32,10 @@ pytestmark = pytest.mark.xdist_group("other trainers")
 
 
 def recipe(name: str, accumulate: int) -> str:
-    """The first block of Python after the paragraph that starts with `name:`."""
-    section = README.read_text().split("\n## In your loop\n")[1].split("\n## ")[0]
-    found = re.search(rf"^{name}:.*?```python\n(.*?)```", section, flags=re.DOTALL | re.MULTILINE)
-    assert found, f"the README has no recipe for {name}"
+    """The first block of Python of the section with this name."""
+    section = PAGE.read_text().split(f"\n## {name}\n")[1].split("\n## ")[0]
+    found = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    assert found, f"{PAGE.name} has no recipe for {name}"
     assert found[1].count(ACCUMULATING[name]) == 1
     return found[1].replace(ACCUMULATING[name], ACCUMULATING[name][:-1] + str(accumulate))
 
@@ -89,7 +89,7 @@ def run(name: str, accumulate: int, learner: BYOL, loader: Any, devices: int) ->
             )
             patch.setattr(lightning, "Trainer", quiet)
         names = {"torch": torch, "BYOL": BYOL, "learner": learner, "loader": loader}
-        exec(compile(recipe(name, accumulate), "README.md", "exec"), names)
+        exec(compile(recipe(name, accumulate), PAGE.name, "exec"), names)
     for hook in hooks:
         hook.remove()
     return {"losses": torch.stack(losses), "steps": len(steps)}
