@@ -40,7 +40,14 @@ import byol_pytorch
 from byol_pytorch import BYOL, optim
 from byol_pytorch import evaluation as ev
 from byol_pytorch.augment import byol_views, channel_statistics, local_views, per_image, stages
-from byol_pytorch.checkpoint import export_backbone, keep_last, load, load_backbone, save
+from byol_pytorch.checkpoint import (
+    export_backbone,
+    keep_last,
+    load,
+    load_backbone,
+    same_padding,
+    save,
+)
 from byol_pytorch.evaluation import features, protocols, rows, svm
 from byol_pytorch.heads import BatchNorm, sync_batchnorm
 
@@ -102,6 +109,12 @@ def own(function: Callable[[Tensor], Any]) -> Any:
 
 def shape_of(*arguments: Any, **kwargs: Any) -> Callable[[Path], Any]:
     return lambda f: wrap(augment_fn=nn.Identity())(*arguments, **kwargs)
+
+
+def padded() -> nn.Module:
+    net = timm.create_model("resnet10t")
+    same_padding(net)
+    return net
 
 
 def built(**kwargs: Any) -> Callable[[Path], Any]:
@@ -270,6 +283,8 @@ CASES: list[Case] = [
         "local views: fewer images",
         lambda f: wrap(local_views=1, local_size=8)(X, X, local_views=[X[:1, :, :8, :8]]),
     ),
+    ("export: a folder of no timm network", lambda f: export_backbone(Small(), f / "folder")),
+    ("export: a folder of one that pads", lambda f: export_backbone(padded(), f / "folder")),
     ("channel_statistics: none", lambda f: channel_statistics([])),
     ("channel_statistics: channels", lambda f: channel_statistics([X, X[:, :1]])),
     ("channel_statistics: constant", lambda f: channel_statistics([X * 0])),

@@ -17,12 +17,14 @@ from torch.nn.parameter import is_lazy
 
 from byol_pytorch.checkpoint.deepmind import pads_same, read_deepmind, same_padding
 from byol_pytorch.checkpoint.files import (
+    WEIGHTS,
     StrPath,
     existing,
     is_safetensors,
     read_safetensors,
     replacing,
 )
+from byol_pytorch.checkpoint.hub import card, check_hub, config
 from byol_pytorch.checkpoint.names import Found, find_backbone
 from byol_pytorch.checkpoint.pickles import is_plain_pickle, read_torch
 from byol_pytorch.checkpoint.weights import (
@@ -100,12 +102,23 @@ def export_backbone(
             f"model_args={model_args!r}; expected what JSON holds: numbers, strings, lists, None "
             f"({error}). Leave out classes and functions."
         ) from error
+    path = Path(path)
+    alone = path.suffix == ".safetensors"
+    if not alone:
+        check_hub(net, notes)
     tensors = {name: _plain_copy(value) for name, value in state.items()}
     # The ranks' batch statistics may differ, so not just anyone's file may be the last.
     if process()[0] != 0:
         return
-    with replacing(path) as file:
+    with replacing(path if alone else path / WEIGHTS) as file:
         file.write(safetensors.torch.save(tensors, {"format": "pt", **metadata}))
+    if alone:
+        return
+    with replacing(path / "config.json") as file:
+        file.write(config(net, notes))
+    if not (path / "README.md").exists():
+        with replacing(path / "README.md") as file:
+            file.write(card(notes))
 
 
 def facts(path: StrPath) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 StrPath = str | os.PathLike[str]
+WEIGHTS = "model.safetensors"  # in a folder by export_backbone, as model hubs name it
 STALE = 3600.0  # seconds after which nobody still writes to a temporary file
 
 
@@ -32,8 +33,13 @@ FACTS: dict[str, Callable[[Any], bool]] = {
 
 
 def existing(path: StrPath) -> Path:
-    """`path`; raises FileNotFoundError, with what is beside it, where there is no such file."""
+    """`path`, or the weights in a folder by export_backbone.
+
+    Raises FileNotFoundError, with what is beside it, where there is no such file.
+    """
     path = Path(path)
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS
     if path.is_dir():
         inside = ", ".join(sorted(f.name for f in path.iterdir())[:8])
         raise FileNotFoundError(
