@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from parts.decoding import CENTRE, PAPER_CROP, Crop, central_square, open_image, pixels, two_crops
+from parts.decoding import CENTRE, Crop, central_square, open_image, pixels, random_crops
 from parts.processes import leave_signals_to_the_trainer
 from parts.sources import Arrays, Source
 
@@ -31,16 +31,15 @@ Bad = tuple[int, str]  # number of an image and why it could not be read
 class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
     """Images by (n, 2), epoch and number of each, as uint8 tensors; and those that cannot be read.
 
-    Two tensors (B, 3, size, size), the crops of both views, drawn in the original's coordinates
-    from one decoding; one tensor (B, 3, H, W) where the crops are left to the device: images of
-    one size, and with `decode_size` the central square at that size.
+    A tensor (B, 3, size, size) for each of `crops`, all drawn in the original's coordinates from
+    one decoding; one tensor (B, 3, H, W) where the crops are left to the device: images of one
+    size, and with `decode_size` the central square at that size.
     """
 
     source: Source
-    size: int
+    crops: Sequence[tuple[int, Crop]]  # size and distribution of each view's
     seed: int
     decode_size: int | None = None
-    crop: Crop = PAPER_CROP  # of those drawn here
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -71,7 +70,7 @@ class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
             return [central_square(data, 1.0, self.decode_size)]
         if self.source.size is None:
             assert isinstance(data, bytes)
-            return two_crops(data, self.size, rng, self.crop)
+            return random_crops(data, self.crops, rng)
         image = data if isinstance(data, Tensor) else pixels(open_image(data))
         if image.shape[1:] != self.source.size:
             raise ValueError(f"the size is {tuple(image.shape[1:])}, not {self.source.size}")
