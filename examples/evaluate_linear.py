@@ -5,7 +5,11 @@
 
 --protocol paper and mmselfsup train one head on the pooled feature, of any backbone; multi-head,
 places205 and inaturalist one on each of a ResNet's five stages. Every epoch has new crops, unless
---cached takes the features once. Several --base-lrs cost little more than one.
+--cached takes the features once. Several --base-lrs cost little more than one. --test-only FILE
+trains nothing: it scores a head that is there, such as a linear checkpoint of MMSelfSup's:
+
+    python examples/evaluate_linear.py --data IMAGENET --protocol mmselfsup \\
+        --test-only resnet50_linear-8xb512-coslr-90e_in1k_20220825-7596c6f5.pth
 """
 
 import argparse
@@ -30,6 +34,7 @@ from parts.labelled import (
     as_tensor,
     balanced,
     open_images,
+    open_tests,
     training_loader,
 )
 from parts.machine import Machine
@@ -41,10 +46,8 @@ from parts.tables import Cell, write_results
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from byol_pytorch.evaluation.features import (
-    FeatureReader,
-    resnet_stages,
-)
+from byol_pytorch.checkpoint.pickles import read_torch
+from byol_pytorch.evaluation.features import FeatureReader, resnet_stages
 from byol_pytorch.evaluation.linear import LinearHeads, Probe, accuracy, linear_probe, train_epoch
 from byol_pytorch.evaluation.protocols import (
     INATURALIST,
@@ -123,24 +126,76 @@ FLAG = {name: name for name in HELP} | {"batch_size": "total_batch"}
 def main(argv: list[str] | None = None) -> None:
     args, protocol, machine = parse(argv)
     evaluation = EVALUATIONS[args.protocol]
-    train, test = open_images(args.data)
+    train, test = (None, open_tests(args.data)) if args.test_only else open_images(args.data)
     net, facts = open_backbone(args)
     stages = stages_of(net, args.stages, args.protocol, args.model) if evaluation.stages else None
-    view, look = views(args.views or evaluation.views, facts, whole=train[0].size is not None)
-    training, testing = Labelled(train[0], view, train[1]), Labelled(test[0], look, test[1])
-    tell(f"{len(training)} images to train on, {len(testing)} to test on; {args.protocol} is "
-         f"{evaluation.origin}")  # fmt: skip
+    view, look = views(args.views or evaluation.views, facts, whole=test[0].size is not None)
+    testing = Labelled(test[0], look, test[1])
+    tell(f"{len(testing)} images to test on; {args.protocol} is {evaluation.origin}")
     try:
         backbone = Backbone(net.eval(), stages, facts.image_size, machine)
-        probe = (cached if args.cached else online)(
-            backbone, training, testing, protocol, machine, args
-        )
+        if train is None:
+            probe = tested(backbone, testing, protocol, machine, args.test_only)
+            comparable = (len(testing), probe.heads.num_classes) == evaluation.data[1:]
+        else:
+            training = Labelled(train[0], view, train[1])
+            tell(f"{len(training)} images to train on")
+            counts = len(training), len(testing), len(np.unique(training.labels))
+            comparable = counts == evaluation.data
+            probe = (cached if args.cached else online)(
+                backbone, training, testing, protocol, machine, args
+            )
     except ValueError as error:
         fail(str(error))
     if rank() == 0:
-        counts = len(training), len(testing), len(np.unique(training.labels))
-        report(probe, evaluation, counts == evaluation.data, facts, args)
+        report(probe, evaluation, comparable, facts, args)
     leave_processes()
+
+
+def tested(
+    backbone: "Backbone", testing: Labelled, protocol: Protocol, machine: Machine, path: Path
+) -> Probe:
+    """The accuracies of heads that are there: last.pt of an earlier run, or one released."""
+    state = read_weights(path)
+    released = released_head(state)
+    if released is None and "weights.0" not in state.get("heads", {}):
+        fail(f"--test-only {path} is neither OUTPUT/last.pt of this program nor a linear "
+             "checkpoint of MMSelfSup or MMPretrain (head.fc_cls.* or head.fc.*).")  # fmt: skip
+    if released:
+        protocol = replace(protocol, base_lrs=protocol.base_lrs[:1], batch_norm=False)
+        state = {"weights.0": released["weight"][None], "biases.0": released["bias"][None]}
+    else:
+        state = state["heads"]
+    classes = state["weights.0"].shape[1]
+    if testing.labels.max() >= classes:
+        fail(f"--test-only {path} tells {classes} classes apart, and the test images have "
+             f"{testing.labels.max() + 1}.")  # fmt: skip
+    example = backbone(testing[0][0][None].to(machine.device))
+    heads = LinearHeads(example, classes, protocol, dtype=machine.dtype)
+    try:
+        heads.load_state_dict(heads.state_dict() | state if released else state)
+    except RuntimeError as error:
+        fail(f"--test-only {path} does not fit this backbone and protocol: {error}")
+    top1, top5 = accuracy(heads, backbone, machine.share_loader(testing))
+    return Probe(heads.stages, protocol.lrs, top1, top5, None, heads)
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The state in a file, of whatever project; no code of it is run."""
+    try:
+        return read_torch(path, foreign=True)
+    except (OSError, ValueError) as error:
+        fail(f"--test-only {path} cannot be read: {error}")
+
+
+def released_head(state: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Weight (C, D) and bias (C,) of a linear checkpoint: MMSelfSup 0.x's ClsHead (mmselfsup/
+    models/heads/cls_head.py), or MMPretrain's LinearClsHead, which 1.x trains."""
+    tensors = state.get("state_dict", state)
+    for name in ("head.fc_cls", "head.fc"):
+        if f"{name}.weight" in tensors:
+            return {part: tensors[f"{name}.{part}"] for part in ("weight", "bias")}
+    return None
 
 
 def online(
@@ -300,7 +355,7 @@ def views(kind: str, facts: Facts, whole: bool) -> tuple[Transform, Transform]:
     crop: random crop and flip, bicubic, the paper's. bilinear: the same, MMSelfSup's for one head
     and iNaturalist. colour: bilinear, with jitter 0.4 and lighting, its multi-head one for
     ImageNet. places: random crop of the central square and flip, bilinear, its one for Places205.
-    (1.x resizes by bicubic interpolation; the figures are 0.x's, torchvision's bilinear default.)
+    MMSelfSup's are those of 0.x, torchvision's bilinear default (1.x: bicubic for several heads).
     """
     size, edge = facts.image_size, round(facts.image_size / CENTRE)
     mode = v2.InterpolationMode.BICUBIC if kind == "crop" else v2.InterpolationMode.BILINEAR
@@ -335,6 +390,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Protocol, Machine
     add("--held-out", type=float, default=0.0,
         help="part of the training images that chooses among --base-lrs; test images never do. "
         "The paper: 10009 of 1281167")  # fmt: skip
+    add("--test-only", type=Path, metavar="FILE",
+        help="score these heads and train none: OUTPUT/last.pt, or a linear checkpoint of "
+        "MMSelfSup or MMPretrain, with its backbone unless --checkpoint is given")  # fmt: skip
     add("--stages", nargs="+",
         help="which of feature1 to feature5 (default: all), or layers by name")  # fmt: skip
     add("--eval-every", type=int, default=10, help="epochs; the last is always evaluated")
@@ -358,6 +416,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Protocol, Machine
                            help=f"{HELP[name]} ({shown})", **how)  # fmt: skip
     args = parser.parse_args(argv)
     machine = set_up(args)
+    if args.test_only and not args.checkpoint and released_head(read_weights(args.test_only)):
+        args.checkpoint = str(args.test_only)
     if not 0 <= args.held_out < 1 or args.eval_every < 1:
         fail(f"--held-out {args.held_out}, --eval-every {args.eval_every}; expected a part in "
              "[0, 1), and at least 1.")  # fmt: skip
@@ -419,7 +479,8 @@ def report(
             by_stage = {f"feature{i}": figure for i, figure in enumerate(figures, 1)}
             cells = [by_stage.get(stage) for stage in probe.stages]
         rows.append([who, *cells, *[None] * (len(columns) - 1 - len(cells))])
-    title = f"Linear evaluation, {args.protocol}{', cached features' if args.cached else ''}: "
+    how = ", cached features" if args.cached else ", test only" if args.test_only else ""
+    title = f"Linear evaluation, {args.protocol}{how}: "
     title += f"accuracy in % on {Path(args.data).name}"
     more = {
         "stages": probe.stages, "lrs": probe.lrs, "chosen": probe.chosen,

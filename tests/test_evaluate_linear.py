@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torchvision
+from checkpoint_helpers import write_mmengine
 from PIL import Image
 from torch import Tensor
+from torchvision import transforms as v1
 
 EXAMPLES = str(Path(__file__).parents[1] / "examples")
 sys.path.insert(0, EXAMPLES)
@@ -324,6 +328,85 @@ def test_a_crop_depends_on_epoch_and_image_alone(data: Path) -> None:
     assert torch.equal(drawn[2, 5][0], first)
     assert not torch.equal(drawn[3, 5][0], first)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+# Test only --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["mmselfsup", "multi-head"])
+def test_heads_of_an_earlier_run_score_the_same(data: Path, tmp_path: Path, protocol: str) -> None:
+    how = (*TINY, "--protocol", protocol, "--epochs", 2)
+    trained = run(data, tmp_path / "run", *how)
+    last = tmp_path / "run" / "last.pt"
+    again = run(data, tmp_path / "again", *how, "--test-only", last)
+    assert again["rows"] == trained["rows"] and "test only" in again["title"]
+    assert not (tmp_path / "again" / "last.pt").exists()
+
+
+# MMSelfSup 0.x, mmselfsup/models/heads/cls_head.py: fc_cls; MMPretrain, mmpretrain/models/heads/
+# linear_head.py: fc. Both projects' classifiers are "backbone" and "head"
+# (mmselfsup/models/algorithms/classification.py; mmpretrain/models/classifiers/image.py), and their
+# ResNet names its weights as torchvision does.
+
+
+def write_linear_checkpoint(path: Path, head: str, classes: int = 3) -> Any:
+    """A released linear checkpoint of a torchvision ResNet-18, and the network itself."""
+    torch.manual_seed(1)
+    net = torchvision.models.resnet18(num_classes=classes)
+    state = {}
+    for name, value in net.state_dict().items():
+        own = name.replace("fc.", f"head.{head}.") if "fc." in name else f"backbone.{name}"
+        state[own] = value
+    write_mmengine(state, path)
+    return net.eval()
+
+
+@pytest.mark.parametrize("head", ["fc", "fc_cls"])
+@pytest.mark.parametrize("layout", ["train and val", "val alone", "list"])
+def test_a_released_linear_checkpoint_scores_as_its_network_does(
+    data: Path, tmp_path: Path, head: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = write_linear_checkpoint(tmp_path / "linear.pth", head)
+    folder = data
+    if layout != "train and val":
+        folder = tmp_path / "data"
+        shutil.copytree(data / "val", folder / "val")
+    files = sorted((data / "val").glob("*/*.png"))
+    if layout == "list":  # one folder of images, as ImageNet's archive unpacks
+        (folder / "meta").mkdir()
+        lines = [f"{path.parent.name}/{path.name} {path.parent.name[-1]}" for path in files]
+        (folder / "meta" / "val.txt").write_text("\n".join(lines))
+    look = v1.Compose([v1.Resize(round(32 * 256 / 224)), v1.CenterCrop(32), v1.ToTensor(),
+                       v1.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])  # fmt: skip
+    with torch.no_grad():
+        found = net(torch.stack([look(Image.open(path).convert("RGB")) for path in files])).argmax(
+            1
+        )
+    truth = torch.tensor([int(path.parent.name[-1]) for path in files])
+    own_data(monkeypatch, "mmselfsup", data)
+    tested = run(folder, tmp_path / "run", *TINY, "--model", "torchvision/resnet18", "--model-args",
+                 '{"num_classes": 3}', "--protocol", "mmselfsup", "--test-only",
+                 tmp_path / "linear.pth")  # fmt: skip
+    expected = 100 * (found == truth).double().mean().item()
+    assert tested["rows"][0][1] == pytest.approx(expected)
+    assert [row[1] for row in tested["rows"][1:]] == [71.8, 71.88, 71.72, 72.93]
+
+
+def test_what_cannot_be_scored_is_refused(data: Path, tmp_path: Path) -> None:
+    def refused(path: Path) -> str:
+        with pytest.raises(SystemExit) as ended:
+            run(data, tmp_path / "run", *TINY, "--model", "torchvision/resnet18", "--model-args",
+                '{"num_classes": 3}', "--protocol", "mmselfsup", "--test-only", path)  # fmt: skip
+        return str(ended.value)
+
+    assert "cannot be read" in refused(tmp_path / "nowhere.pth")
+    torch.save({"state_dict": {"backbone.x": torch.zeros(1)}}, tmp_path / "other.pth")
+    assert "neither OUTPUT/last.pt" in refused(tmp_path / "other.pth")
+    write_linear_checkpoint(tmp_path / "two.pth", "fc", classes=2)
+    assert "tells 2 classes apart, and the test images have 3" in refused(tmp_path / "two.pth")
+    head = {"head.fc.weight": torch.zeros(3, 5), "head.fc.bias": torch.zeros(3)}
+    torch.save({"state_dict": head}, tmp_path / "narrow.pth")
+    assert "narrow.pth" in refused(tmp_path / "narrow.pth")
 
 
 # Data sets with lists ---------------------------------------------------------------------------

@@ -811,6 +811,16 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
         run(data, tmp_path / "parts", *own, "--base-lr", "0.5")
 
 
+def test_a_trained_detector_is_scored_without_training(tmp_path: Path) -> None:
+    data = make_voc(tmp_path / "data", {"trainval": 3, "test": 2})
+    trained = run(data, tmp_path / "run")
+    last = tmp_path / "run" / "last.pt"
+    tested = run(data, tmp_path / "again", "--test-only", str(last))
+    assert tested["rows"] == trained["rows"] and tested["history"] == trained["history"][-1:]
+    with pytest.raises(SystemExit, match=r"--test-only .*is not last.pt of a run with these flags"):
+        run(data, tmp_path / "other", "--test-only", str(last), "--detector", "fpn")
+
+
 def test_a_run_in_bfloat16(tmp_path: Path) -> None:
     data = make_voc(tmp_path / "data", {"train": 2, "val": 1})
     run(data, tmp_path / "run", "--dtype", "bf16", "--iterations", "2")

@@ -515,6 +515,14 @@ def test_a_run_leaves_its_table_picture_log_and_state(tmp_path: Path, capsys: An
         assert picture.width > 3 * 64 and picture.height > 3 * 48
 
 
+def test_a_trained_network_is_scored_without_training(tmp_path: Path) -> None:
+    data = make_cityscapes(tmp_path / "data")
+    own = ("--protocol", "cityscapes", "--window", "48", "--stride", "32", "--iterations", "1")
+    trained = run(data, tmp_path / "run", *own)
+    last = str(tmp_path / "run" / "last.pt")
+    assert run(data, tmp_path / "again", *own, "--test-only", last)["rows"] == trained["rows"]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_cityscapes_protocol_runs_with_windows(tmp_path: Path, dtype: str) -> None:
     data = make_cityscapes(tmp_path / "data")

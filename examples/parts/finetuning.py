@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid, save_image
 
+from byol_pytorch import checkpoint
 from byol_pytorch.evaluation.features import shard
 from byol_pytorch.heads import sync_batchnorm
 from parts.journal import Journal
@@ -58,6 +59,8 @@ def fine_tune(
     if world_size() > 1:
         sync_batchnorm(net)
     net.to(device)
+    if args.test_only:
+        return [{"step": load(net, args.test_only), **tested(net, evaluate)}]
     trained = [p for p in net.parameters() if p.requires_grad]
     # The norms decay too, as in MMDetection and MMSegmentation.
     optimizer = torch.optim.SGD(trained, 1.0, protocol.momentum, weight_decay=protocol.weight_decay)
@@ -106,10 +109,7 @@ def fine_tune(
                 journal.figures(step, mean_of(losses) | {"lr": rate(step - 1)})
                 losses.clear()
             if step % args.eval_every == 0 or last:
-                with torch.inference_mode():
-                    net.eval()
-                    figures = evaluate()
-                    net.train()
+                figures = tested(net, evaluate)
                 journal.figures(step, figures)
                 history.append({"step": step, **figures})
             # Several processes ask each other where the log is written.
@@ -125,6 +125,24 @@ def fine_tune(
                 raise SystemExit(0)
         journal.close()
     return history
+
+
+def load(net: nn.Module, path: Path) -> int:
+    """Give `net` the weights of an earlier run's last.pt; after how many steps they were saved."""
+    try:
+        state = checkpoint.load(path)
+        net.load_state_dict(state["model"])
+        return int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        fail(f"--test-only {path} is not last.pt of a run with these flags and data: {error}")
+
+
+def tested(net: nn.Module, evaluate: Callable[[], Figures]) -> Figures:
+    with torch.inference_mode():
+        net.eval()
+        figures = evaluate()
+        net.train()
+    return figures
 
 
 def moved(batch: Any, device: torch.device) -> Any:

@@ -55,6 +55,18 @@ def open_images(folder: Path) -> tuple[Chosen, Chosen]:
     return with_classes(folder, list(open_labelled(folder)))
 
 
+def open_tests(folder: Path) -> Chosen:
+    """The images to test on; those to train on may be missing."""
+    for _, test, (_, root) in LISTS:
+        if (folder / test).is_file() and (folder / root).is_dir():
+            return read_list(folder / test, folder / root)
+    if (folder / "val2018.json").is_file():
+        return read_json(folder / "val2018.json", folder)
+    if (folder / "val").is_dir() and not (folder / "train").is_dir():
+        return read_folders(folder / "val")
+    return open_images(folder)[1]
+
+
 def with_classes(folder: Path, parts: list[Chosen]) -> tuple[Chosen, Chosen]:
     """Both parts, where one can train on the first and test on the second."""
     train, test = (set(source.labels[numbers].tolist()) for source, numbers in parts)
