@@ -109,14 +109,14 @@ class Recipe:
 
 
 # arXiv 2006.07733, section 3.3, and for all three lengths byol/configs/byol.py of DeepMind's code
-# (github.com/google-deepmind/deepmind-research).
+# (github.com/google-deepmind/deepmind-research). Its residual branches begin at zero, as timm's; by
+# its README the paper's own runs began at one, and a ResNet-50 came out the same.
 PAPER_1000 = Recipe(epochs=1000, base_lr=0.2, weight_decay=1.5e-6, base_decay=0.996)
 PAPER_300 = Recipe(epochs=300, base_lr=0.3, weight_decay=1e-6, base_decay=0.99)
 PAPER_100 = Recipe(epochs=100, base_lr=0.45, weight_decay=1e-6, base_decay=0.99)
 # github.com/open-mmlab/mmselfsup, branch 0.x, byol_resnet50_16xb256-coslr-200e: lr 4.8 at 4096
-# images; its ResNet has zero_init_residual=False, where timm's, like haiku's, begins at zero. All
-# published figures but the linear 71.8 are of 0.x; under accumulation 1.x moves the target 16 times
-# a step, 0.99^16 = 0.851.
+# images; its ResNet has zero_init_residual=False. All published figures but the linear 71.8 are of
+# 0.x; under accumulation 1.x moves the target 16 times a step, 0.99^16 = 0.851.
 MMSELFSUP = Recipe(
     epochs=200, base_lr=0.3, weight_decay=1e-6, base_decay=0.99,
     model_args={"zero_init_last": False},

@@ -78,8 +78,8 @@ def test_a_recipe_on_imagenet_is_the_published_one(
 @pytest.mark.parametrize("recipe", imagenet_ddp.RECIPES)
 def test_only_mmselfsups_residual_branches_do_not_begin_at_zero(recipe: str) -> None:
     """MMSelfSup 0.x, mmselfsup/models/backbones/resnet.py: zero_init_residual=False by default,
-    and configs/selfsup/_base_/models/byol.py leaves it; dm-haiku, haiku/_src/nets/resnet.py: the
-    last batch norm of a block has scale_init=zeros."""
+    and configs/selfsup/_base_/models/byol.py leaves it; deepmind-research, byol/README.md: the
+    released code's last batch norm of a block begins at 0."""
     chosen, _ = imagenet_ddp.parse_arguments(["--data", ".", "--recipe", recipe])
     if chosen.model.startswith("resnet"):
         net = timm.create_model(chosen.model, **chosen.model_args)
