@@ -65,7 +65,7 @@ class DetectionProtocol:
     momentum: float = flag("of SGD [schedule_1x.py; detectron2's defaults]")
     weight_decay: float = flag("of all parameters [schedule_1x.py]")
     train_sizes: tuple[int, ...] = flag("short edges in pixels, one drawn for each image [MoCo's "
-                                        "yaml; MMSelfSup's mask-rcnn_r50_fpn_ms-1x]")  # fmt: skip
+                                        "yaml; MMSelfSup 0.x's *_mstrain_*.py]")  # fmt: skip
     image_size: int = flag("short edge in testing [the same files]")
     long_edge: int = flag("at most, in pixels [detectron2's defaults, MMDetection]")
     anchors: tuple[int, ...] = flag("sides of the anchors in pixels, on fpn one a level [the same]")

@@ -679,6 +679,19 @@ def test_c4_ignores_anchors_that_leave_the_image_and_fpn_does_not(tmp_path: Path
     assert labels[0].tolist() == [-1]
 
 
+@pytest.mark.parametrize("kind", ["c4", "fpn"])
+def test_a_box_has_an_anchor_only_from_an_overlap_of_three_tenths(
+    tmp_path: Path, kind: str
+) -> None:
+    """MMSelfSup 0.x, configs/benchmarks/mmdetection/_base_/models/{faster_rcnn_r50_c4,
+    mask_rcnn_r50_fpn}.py: min_pos_iou=0.3; torchvision's matcher has no such bound."""
+    rpn = detector_for(tmp_path, "--detector", kind, "--measure", "coco").rpn
+    anchors = torch.tensor([[0.0, 0, 40, 40], [50, 50, 90, 90]])
+    target = {"boxes": torch.tensor([[0.0, 0, 25, 25], [50, 50, 70, 70]]), "size": (100, 100)}
+    labels, _ = rpn.assign_targets_to_anchors([anchors], [target])  # overlaps 0.39 and 0.25
+    assert labels[0].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_neighbours_in_a_batch_are_all_wide_or_all_high(world: int) -> None:
     """MMDetection 2, mmdet/datasets/samplers/group_sampler.py, with samples_per_gpu=2 (MMSelfSup

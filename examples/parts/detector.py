@@ -17,14 +17,14 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align
 
 from parts.backbone import Facts
 from parts.processes import fail
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-# Proposals before and after suppression: MMSelfSup's faster_rcnn_r50_c4.py, MMDetection's
-# mask-rcnn_r50_fpn.py (there before it by level).
+# Proposals before and after suppression: MMSelfSup 0.x, configs/benchmarks/mmdetection/_base_/
+# models/faster_rcnn_r50_c4.py and mask_rcnn_r50_fpn.py (there before it by level).
 PROPOSALS = {
     "c4": {"rpn_pre_nms_top_n_train": 12_000, "rpn_post_nms_top_n_train": 2000,
            "rpn_pre_nms_top_n_test": 6000},
@@ -140,7 +140,9 @@ class Regions(MultiScaleRoIAlign):
 
 # Losses -----------------------------------------------------------------------------------------
 # MMSelfSup 0.x, configs/benchmarks/mmdetection/_base_/models/{faster_rcnn_r50_c4,mask_rcnn_r50_fpn}
-# .py: loss_bbox=dict(type='L1Loss', loss_weight=1.0), of the proposals and of the box head.
+# .py: loss_bbox=dict(type='L1Loss', loss_weight=1.0), of the proposals and of the box head;
+# min_pos_iou=0.3 of the anchors.
+MIN_POS_IOU = 0.3
 
 
 class Proposals(RegionProposalNetwork):
@@ -161,8 +163,6 @@ class Proposals(RegionProposalNetwork):
         self, anchors: list[Tensor], targets: list[dict[str, Any]]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Of each anchor 1 (object), 0 (background) or -1 (ignored), and the box it is for."""
-        if not self.inside:
-            return super().assign_targets_to_anchors(anchors, targets)
         labels, boxes = [], []
         for every, target in zip(anchors, targets, strict=True):
             labels.append(every.new_full((len(every),), -1))
@@ -170,9 +170,14 @@ class Proposals(RegionProposalNetwork):
             height, width = target["size"]
             # As MMDetection's anchor_inside_flags: 0 is inside, the other edge is not.
             kept = (every[:, :2] >= 0).all(1) & (every[:, 2] < width) & (every[:, 3] < height)
-            if len(kept := torch.where(kept)[0]):
-                found = super().assign_targets_to_anchors([every[kept]], [target])
-                labels[-1][kept], boxes[-1][kept] = found[0][0], found[1][0]
+            kept = torch.where(kept | (not self.inside))[0]
+            if not len(kept):
+                continue
+            (found,), (matched,) = super().assign_targets_to_anchors([every[kept]], [target])
+            # torchvision's best anchor of a box is always its own; MMDetection's from 0.3 on.
+            overlap = box_iou(target["boxes"], every[kept]).amax(dim=0)
+            labels[-1][kept] = found.where(overlap >= MIN_POS_IOU, 0.0)
+            boxes[-1][kept] = matched
         return labels, boxes
 
     def compute_loss(
