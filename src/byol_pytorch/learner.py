@@ -176,8 +176,8 @@ class BYOL(nn.Module):
         dim, hidden = found.probe.shape[1], projection_hidden_size
         self.local_views, self.local_augment_fn = int(local_views), local_augment_fn
         if local_views:
-            small = pictures and local_sides(pictures, local_size)
-            if small:
+            small = local_sides(pictures, local_size)
+            if small is not None:
                 check_other_size(net, self._representation, inputs, small, dim)
             self._local_layout = replace(self._layout, size=small)
             self.local_augment_fn = local_view(local_augment_fn, self.augment_fn, small, channels)
