@@ -24,19 +24,18 @@ from parts import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
 from parts.backbone import Facts, open_backbone
-from parts.decoding import CENTRE
 from parts.flags import common_flags, set_up
 from parts.journal import Journal
 from parts.labelled import (
     Labelled,
     Transform,
     Watched,
-    as_tensor,
     balanced,
     open_images,
     open_tests,
     training_loader,
 )
+from parts.linear_views import VIEWS, views
 from parts.machine import Machine
 from parts.processes import fail, leave_processes, rank, tell, world_size
 from parts.published import IMAGENET, INATURALIST2018, DataSet
@@ -44,7 +43,6 @@ from parts.published import PLACES205 as PLACES205_DATA
 from parts.resume import LastState, identity, the_only_run
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from byol_pytorch.checkpoint.pickles import read_torch
 from byol_pytorch.evaluation.features import FeatureReader, resnet_stages
@@ -321,57 +319,6 @@ def stages_of(
             fail(f"--stages {name}: {model} has {', '.join([*known, *list(layers)[1:12]])}, "
                  "...")  # fmt: skip
     return {name: known.get(name, name) for name in names}
-
-
-# Views ------------------------------------------------------------------------------------------
-
-VIEWS = ("crop", "bilinear", "colour", "places")
-# AlexNet's colour noise: eigenvalues and eigenvectors of ImageNet's RGB values in [0, 1]
-# (Krizhevsky et al. 2012, section 4.1; the figures of fb.resnet.torch, which MMSelfSup's
-# multi-head configuration has times 255 and in the order BGR).
-EIGENVALUES = (0.2175, 0.0188, 0.0045)
-EIGENVECTORS = (
-    (-0.5675, 0.7192, 0.4009),
-    (-0.5808, -0.0045, -0.8140),
-    (-0.5836, -0.6948, 0.4203),
-)
-
-
-class Lighting(nn.Module):
-    """Adds one colour to (3, H, W) in [0, 1], drawn along the principal components of RGB."""
-
-    def __init__(self, std: float = 0.1) -> None:
-        super().__init__()
-        self.std = std
-
-    def forward(self, image: Tensor) -> Tensor:
-        along = torch.randn(3) * self.std * torch.tensor(EIGENVALUES)
-        return image + (torch.tensor(EIGENVECTORS) @ along).view(3, 1, 1)
-
-
-def views(kind: str, facts: Facts, whole: bool) -> tuple[Transform, Transform]:
-    """What is trained on and what is tested on; images of one size are tested on as a whole.
-
-    crop: random crop and flip, bicubic, the paper's. bilinear: the same, MMSelfSup's for one head
-    and iNaturalist. colour: bilinear, with jitter 0.4 and lighting, its multi-head one for
-    ImageNet. places: random crop of the central square and flip, bilinear, its one for Places205.
-    MMSelfSup's are those of 0.x, torchvision's bilinear default (1.x: bicubic for several heads).
-    """
-    size, edge = facts.image_size, round(facts.image_size / CENTRE)
-    mode = v2.InterpolationMode.BICUBIC if kind == "crop" else v2.InterpolationMode.BILINEAR
-    to_image, to_float, normalise = as_tensor(facts)
-    look = [v2.Resize(size if whole else edge, mode), v2.CenterCrop(size)]
-    train = [v2.RandomResizedCrop(size, interpolation=mode)]
-    if kind == "places":
-        train = [v2.Resize(edge, mode), v2.CenterCrop(edge), v2.RandomCrop(size)]
-    train.append(v2.RandomHorizontalFlip())
-    noise = [Lighting()] if kind == "colour" else []
-    if kind == "colour":
-        train.append(v2.ColorJitter(0.4, 0.4, 0.4))
-    return (
-        v2.Compose([*train, to_image, to_float, *noise, normalise]),
-        v2.Compose([*look, to_image, to_float, normalise]),
-    )
 
 
 # Flags and figures ------------------------------------------------------------------------------

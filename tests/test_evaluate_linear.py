@@ -24,6 +24,7 @@ sys.path.insert(0, EXAMPLES)
 import evaluate_linear  # noqa: E402
 from parts import labelled, resume  # noqa: E402
 from parts.backbone import Facts  # noqa: E402
+from parts.linear_views import Lighting  # noqa: E402
 from parts.order import Order  # noqa: E402
 from parts.published import DataSet  # noqa: E402
 
@@ -287,7 +288,7 @@ def free_port() -> str:
 
 def test_lighting_is_alexnets() -> None:
     """Colours spread as 0.1 times the eigenvalues along the eigenvectors."""
-    grey, noise = torch.full((3, 2, 2), 0.5), evaluate_linear.Lighting()
+    grey, noise = torch.full((3, 2, 2), 0.5), Lighting()
     drawn = torch.stack([noise(grey) for _ in range(4000)]) - 0.5
     assert torch.equal(drawn[..., 0, 0], drawn[..., 1, 1])  # one colour an image
     vectors = torch.tensor(
