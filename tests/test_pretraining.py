@@ -178,7 +178,7 @@ def test_images_kept_on_the_device_train_as_those_that_workers_read(
 ) -> None:
     kept, read = tmp_path / "kept", tmp_path / "read"
     with monkeypatch.context() as patch:
-        patch.setattr(imagenet_ddp, "make_loader", None)
+        patch.setattr("parts.views.make_loader", None)
         run_here(kept, "--data", npz, *TINY)
     monkeypatch.setattr(batches, "RESIDENT", 24 * 3 * 32 * 32 - 1)
     run_here(read, "--data", npz, *TINY)
@@ -495,7 +495,7 @@ def test_images_are_normalised_as_those_of_the_starting_weights_were_also_after_
     assert_same(tmp_path / "stopped", tmp_path / "whole")
     facts = metadata(tmp_path / "stopped" / "backbone.safetensors")
     assert (json.loads(facts["mean"]), json.loads(facts["std"])) == (mean, std)
-    for view in seen[-1].pair:
+    for view in seen[-1].pipelines:
         assert [list(values) for values in view.statistics(3)] == [mean, std]
 
 
