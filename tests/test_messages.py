@@ -111,6 +111,10 @@ def shape_of(*arguments: Any, **kwargs: Any) -> Callable[[Path], Any]:
     return lambda f: wrap(augment_fn=nn.Identity())(*arguments, **kwargs)
 
 
+def flipped(images: Tensor) -> Tensor:
+    return images.flip(-1)
+
+
 def padded() -> nn.Module:
     net = timm.create_model("resnet10t")
     same_padding(net)
@@ -276,6 +280,7 @@ CASES: list[Case] = [
         "local views: a size without one of images",
         built(image_size=None, example_input=X, local_views=1, local_size=8),
     ),
+    ("local views: none by default", lambda f: wrap(augment_fn=flipped, local_views=1)(X)),
     ("local views: no callable", built(local_views=1, local_augment_fn="crop")),
     (
         "local views: normalised otherwise",

@@ -261,13 +261,17 @@ class BYOL(nn.Module):
         self._check_images(images)
         augmentations = [self.augment_fn, self.augment_fn2]
         augmentations += [self.local_augment_fn] * self.local_views
-        made = []
+        made: list[Any] = []
         for augment in augmentations:
-            if augment is None:
+            if augment is None and len(made) < 2:
                 raise ValueError(
                     "There are no default views without image_size or for inputs other than "
-                    "(B, C, H, W), and no default local views beside an augment_fn of your own. "
-                    "Give augment_fn (local_augment_fn), or call learner(view_one, view_two)."
+                    "(B, C, H, W). Give augment_fn, or call learner(view_one, view_two)."
+                )
+            if augment is None:
+                raise ValueError(
+                    "There are no default local views beside an augment_fn of your own. Give "
+                    "local_augment_fn, or call learner(view_one, view_two, local_views=[...])."
                 )
             with torch.autocast(tensors(images)[0].device.type, enabled=False):
                 # byol_views take uint8 as it is; other callables are given floats in [0, 1].

@@ -219,11 +219,8 @@ def drawing(net: nn.Module, inputs: Any) -> frozenset[str]:
         look()
         running.pop()
 
-    # What was compiled runs eagerly; where nothing was, the compiler's import costs seconds.
-    compiler = "torch._dynamo" in sys.modules
-    eagerly = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
     try:
-        with undisturbed(net), torch.no_grad(), eagerly, _hooked(net, before, after, first=True):
+        with undisturbed(net), torch.no_grad(), _hooked(net, before, after, first=True):
             for module in net.modules():
                 # Batch norm draws nothing, and a synchronised one would wait for other processes.
                 module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -239,15 +236,20 @@ def _hooked(
 ) -> Iterator[None]:
     """`before` and `after` each module's forward, called with its name, itself and what it takes.
 
-    `first`: before the module's own pre-hooks.
+    `first`: before the module's own pre-hooks. What was compiled runs eagerly meanwhile: the hooks
+    would be compiled anew for every module's name.
     """
     handles = []
+    # Where nothing was compiled, the compiler's import costs seconds.
+    compiler = "torch._dynamo" in sys.modules
+    eagerly = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
     try:
         for name, module in net.named_modules():
             hook = partial(before, name)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first))
             handles.append(module.register_forward_hook(partial(after, name)))
-        yield
+        with eagerly:
+            yield
     finally:
         for handle in handles:
             handle.remove()
