@@ -33,9 +33,11 @@ from parts.processes import (
     asked_to_stop,
     fail,
     join_processes,
+    leave_after,
     leave_processes,
     parallel,
     rank,
+    start,
     synchronised,
     world_size,
 )
@@ -181,16 +183,17 @@ def main(argv: list[str] | None = None) -> None:
         if not (test.labels >= 0).any():
             fail(f"--held-out {args.held_out}: they have no labels to ask for, so leave it out.")
     plan = make_plan(recipe, args, source, device, rank(), world_size())
-    if not args.dry_run:
-        pretrain(plan, source, test)
+    came = [] if args.dry_run else pretrain(plan, source, test)
     leave_processes()
+    leave_after(came)
     if args.dry_run and plan.rank == 0:  # alone, on the whole learner
         shards = plan.world if plan.fsdp else 1
         plan = replace(plan, fsdp=False, compile=False)
         describe(build_learner(plan), plan, source, shards)
 
 
-def pretrain(plan: Plan, source: Source, test: Source | None) -> None:
+def pretrain(plan: Plan, source: Source, test: Source | None) -> list[int]:
+    """The signals by which the run was stopped before its end."""
     last, stop = plan.output / "last.pt", asked_to_stop()
     with the_only_run(plan.output):
         state = read_state(last, plan.identity, " (from these weights: --init-from)")
@@ -204,9 +207,11 @@ def pretrain(plan: Plan, source: Source, test: Source | None) -> None:
         if state:
             journal.note(step, what_changed(state["layout"], plan.setup()))
         watch = Watch(plan, run, journal, source, test)
-        if train(run, Views(plan, source, learner.normalisation), watch, plan, stop):
+        finished = train(run, Views(plan, source, learner.normalisation), watch, plan, stop)
+        if finished:
             export(learner, journal, plan.output / "backbone.safetensors")
         journal.close()
+    return [] if finished else stop
 
 
 def train(run: Run, views: Views, watch: Watch, plan: Plan, stop: list[int]) -> bool:
@@ -546,4 +551,4 @@ def export(learner: BYOL, journal: Journal, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

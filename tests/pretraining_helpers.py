@@ -137,7 +137,7 @@ def notes(output: Path) -> str:
 
 def run_here(output: Path, *arguments: object) -> None:
     """The script in this process, whose signal handlers stay as they are."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     try:
         imagenet_ddp.main([*map(str, arguments), "--output", str(output)])
