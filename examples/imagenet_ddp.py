@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    source, test = open_data(args.data)
+    source, test = open_data(args.data, args.max_value, args.max_bad)
     check_output(args.output, source)
     if args.held_out is not None:
         source, test = hold_out(source, args.held_out)
@@ -307,6 +307,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     add("--knn-images", type=int, default=20_000, help="at most so many, a fifth of them asked")
     add("--knn-neighbours", type=int, default=20, help="that vote, or all where there are fewer")
     add("--knn-temperature", type=float, default=0.07, help="a vote counts exp(cosine / it)")
+    add("--max-value", type=float, help="white in images of more than 8 bits, such as 4095 "
+        "(default: the largest that a file's 16 bits can hold)")  # fmt: skip
     add("--max-bad", type=float, default=0.01, help="part of the images that may be unreadable")
     add("--max-skipped", type=int, default=20, help="non-finite steps in a row before stopping")
     add("--dry-run", action="store_true", help="print what would run")
@@ -353,8 +355,10 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
             fail(f"--{low[0].replace('_', '-')} must be {least} or more.")
     if args.knn_images < 5:
         fail(f"--knn-images {args.knn_images} asks for a fifth of them, which is none: give 5.")
-    if not 0 < args.knn_temperature < math.inf:
-        fail(f"--knn-temperature {args.knn_temperature} is not above 0.")
+    for name in ("knn_temperature", "max_value"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            fail(f"--{name.replace('_', '-')} {value} is not above 0.")
     if not 0 <= recipe.base_decay <= 1:
         fail(f"--base-decay {recipe.base_decay} is not in [0, 1].")
     if not 0 < recipe.layer_decay <= 1:
@@ -408,7 +412,8 @@ def make_plan(
         amp = "bf16" if device.type == "cuda" else "none"
     identity = asdict(recipe) | {"lr": lr, "steps": steps, "base_decay": decay, "amp": amp}
     identity |= {
-        name: getattr(args, name) for name in ("seed", "decode_size", "init_from", "held_out")
+        name: getattr(args, name)
+        for name in ("seed", "decode_size", "init_from", "held_out", "max_value")
     }
     identity |= {"images": len(source), "names of the images": source.fingerprint()}
     del identity["accumulate"]  # with other devices another one may be needed

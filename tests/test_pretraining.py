@@ -159,7 +159,7 @@ def test_images_kept_on_the_device_train_as_those_that_workers_read(
 ) -> None:
     kept, read = tmp_path / "kept", tmp_path / "read"
     with monkeypatch.context() as patch:
-        patch.setattr(imagenet_ddp, "make_loader", None)
+        patch.setattr(parts_views, "make_loader", None)
         run_here(kept, "--data", npz, *TINY)
     monkeypatch.setattr(batches, "RESIDENT", 24 * 3 * 32 * 32 - 1)
     run_here(read, "--data", npz, *TINY)
@@ -598,11 +598,17 @@ def output_among_the_images(place: Path) -> list[object]:
     return ["--data", write_folder(place)]
 
 
-def sixteen_bits(place: Path) -> list[object]:
-    (place / "deep").mkdir()
-    for i in range(9):
-        Image.fromarray(np.full((40, 40), i, np.uint16)).save(place / "deep" / f"{i}.png")
-    return ["--data", place / "deep"]
+def floats(place: Path) -> list[object]:
+    (place / "floats").mkdir()
+    for i in range(8):
+        Image.fromarray(np.zeros((40, 40), np.float32)).save(place / "floats" / f"{i}.tif")
+    return ["--data", place / "floats"]
+
+
+def every_tenth_torn(place: Path) -> list[object]:
+    for file in list(write_folder(place / "torn").rglob("*[05].jpg")):
+        file.write_bytes(b"torn")
+    return ["--data", place / "torn"]
 
 
 def torn_npz(place: Path) -> list[object]:
@@ -669,7 +675,9 @@ def file_for_folder(place: Path) -> list[object]:
         (other_weights, "does not fit|cannot be built"),
         (file_for_folder, "cannot be written to"),
         (output_among_the_images, "--output .* is among the images of --data"),
-        (sixteen_bits, "no image of --data .* can be read, such as 0.png: .*8 bits a channel"),
+        (floats, "no image of --data .* can be read .*, such as 0.tif: .*give --max-value"),
+        (every_tenth_torn, r"5 of 24 images of --data .* cannot be read \(--max-bad is 0.01\)"),
+        (lambda _: ["--max-value", 0], "--max-value 0.0 is not above 0"),
         (torn_npz, "cannot be read as a .npz file"),
         (one_label_less, "23 labels and 25 offsets"),
         (lambda _: ["--device", "gpu"], "--device gpu is no device of torch"),

@@ -112,7 +112,8 @@ class Watch:
         return len(self.progress.bad) > self.how.max_bad * len(self.source)
 
     def stop_if_bad(self) -> None:
-        if self.too_many_bad():
+        # Not a run that is done, whose backbone is there.
+        if self.too_many_bad() and self.progress.step < self.plan.steps:
             first = next(iter(self.progress.bad.items()))
             fail(
                 f"{len(self.progress.bad)} of {len(self.source)} images cannot be read, and "
