@@ -44,7 +44,7 @@ from parts.processes import (
 from parts.resume import Run, read_state, the_only_run, what_changed
 from parts.sources import Files, Source, hold_out, open_data
 from parts.undo import Undo, Verdicts
-from parts.views import Views
+from parts.views import Views, pipelines
 from parts.watch import Watch, Watching, describe
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from byol_pytorch import BYOL, checkpoint
-from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, PRESETS, byol_views
+from byol_pytorch.augment import IMAGENET_MEAN, IMAGENET_STD, PRESETS
+from byol_pytorch.augment.views import GLOBAL_SCALE, LOCAL_SCALE, local_sides
 from byol_pytorch.heads import sync_batchnorm
 from byol_pytorch.optim import LARS, param_groups, scaled_decay, scaled_lr, warmup_cosine
 
@@ -87,13 +88,26 @@ class Recipe:
         default_factory=dict,
         metadata={"help": "JSON, what differs from it: arguments of augment.byol_views"},
     )
+    local_views: int = flag("small views of each image beside the two; MULAN has 2", default=0)
+    local_size: int = flag("their side, pixels; 0: 3/7 of --image-size", default=0)
     projection_size: int = flag("outputs of projector and predictor", default=256)
     projection_hidden_size: int = flag("their hidden width", default=4096)
     loss_scale: float = flag("factor of the loss, which matters to SGD", default=1.0)
 
     @property
-    def crop(self) -> Crop:
-        return Crop(**{k: v for k, v in self.view_args.items() if k in ("scale", "ratio")})
+    def view_options(self) -> dict[str, Any]:
+        return ({"scale": GLOBAL_SCALE} if self.local_views else {}) | self.view_args
+
+    @property
+    def local_side(self) -> int:
+        return local_sides((self.image_size, self.image_size), self.local_size or None)[0]
+
+    @property
+    def crops(self) -> list[tuple[int, Crop]]:
+        """Size and distribution of each view's crop."""
+        given = {k: v for k, v in self.view_options.items() if k in ("scale", "ratio")}
+        local = (self.local_side, Crop(LOCAL_SCALE))
+        return [(self.image_size, Crop(**given))] * 2 + [local] * self.local_views
 
 
 # arXiv 2006.07733, section 3.3, and for all three lengths byol/configs/byol.py of DeepMind's code
@@ -110,6 +124,14 @@ RECIPES = {
     "mmselfsup-16xb256-200": MMSELFSUP,
     # byol_resnet50_8xb32-accum16-coslr-200e: the same, but batch norm sees 256 images.
     "mmselfsup-8xb32-accum16-200": replace(MMSELFSUP, accumulate=16),
+    # MULAN (arXiv 2602.05845; main.py and CONFIG.md of github.com/pfdp0/mulan), without its cutout
+    # view. There the heads' first Linear has no bias and the last one has, batch norm of the target
+    # does not span processes, local views are blurred with 23 taps, and the rate ends at a
+    # thousandth.
+    "mulan-200": Recipe(
+        epochs=200, base_lr=0.4, weight_decay=1.5e-6, base_decay=0.996, batch_size=1024,
+        local_views=2, local_size=96,
+    ),
     # MoCo v3 (arXiv 2104.02057; CONFIG.md of github.com/facebookresearch/moco-v3): AdamW, 40 epochs
     # of warm-up, patch projection frozen. It decays biases and norms too, this does not.
     "vit": Recipe(
@@ -233,13 +255,13 @@ def train(run: Run, views: Views, watch: Watch, plan: Plan, stop: list[int]) -> 
             with clock("data"):
                 images, bad = next(batches)
             with clock("views"):
-                one, two = views.make(images, draws, part)
+                one, two, *local = views.make(images, draws, part)
             watch.before(bad, one, two)
             # Dropout and its like: drawn anew here, so that no other use of randomness moves them.
             torch.manual_seed(seed_of(plan.seed, 1, plan.rank, step, part))
             last = part == recipe.accumulate - 1
             with clock("step"), synchronised(model, last), plan.autocast():
-                loss = model(one, two)
+                loss = model(one, two, local_views=local)
                 scaler.scale(loss * recipe.loss_scale / recipe.accumulate).backward()
             watch.after(loss)
         with clock("update"):
@@ -348,7 +370,7 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
     counts += ("projection_hidden_size", "steps", "save_every", "log_every", "health_every")
     counts += ("knn_neighbours", "max_skipped", "decode_size")
     numbers = ("seed", "workers", "lr", "base_lr", "loss_scale", "weight_decay", "max_bad")
-    numbers += ("knn_every", "max_minutes")
+    numbers += ("knn_every", "max_minutes", "local_views", "local_size")
     for names, least in ((counts, 1), (numbers, 0)):
         low = [name for name in names if not least <= given.get(name, least) < math.inf]
         if low:
@@ -367,7 +389,7 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
         if name in recipe.view_args:
             fail(f"--view-args has {name}, which the run sets itself: leave it out.")
     try:
-        byol_views(recipe.image_size, recipe.views, **recipe.view_args)
+        pipelines(recipe)
     except (ValueError, TypeError) as error:
         fail(f"--view-args {json.dumps(recipe.view_args)} makes no views: {error}")
     if args.fsdp and args.amp == "fp16":
@@ -451,6 +473,8 @@ def build_learner(plan: Plan, state: dict[str, Any] | None = None) -> BYOL:
             mean=mean,
             std=std,
             total_steps=None if recipe.constant_decay else plan.steps,
+            local_views=recipe.local_views,
+            local_size=recipe.local_side if recipe.local_views else None,
         )
     except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError, OSError) as error:
         fail(f"{recipe.model} cannot be built as asked: {error}")

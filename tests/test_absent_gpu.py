@@ -94,8 +94,13 @@ def test_the_loss(images: str, amp: torch.dtype | None, concatenate: bool) -> No
 
 
 @pytest.mark.parametrize(
-    "options", [{"use_momentum": False}, {"use_simplicial_embeddings": True}], ids=str
-)
+    "options",
+    [
+        {"use_momentum": False}, {"use_simplicial_embeddings": True},
+        {"local_views": 2, "local_size": 16},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_the_loss_of_other_learners(options: dict[str, Any]) -> None:
     learner = learner_of(convolutions(), **options)
     with fake_cuda() as found:

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torchvision
-import yaml
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,7 +30,6 @@ from byol_pytorch.checkpoint import (
     keep_last,
     load,
     load_backbone,
-    same_padding,
     save,
 )
 
@@ -339,32 +337,6 @@ def test_a_mean_without_its_std_is_refused(stats: dict, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mean=.*; expected one value a channel for both"):
         export_backbone(small_net(), tmp_path / "net.safetensors", **stats)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_card_says_how_to_load_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = same_padding(timm.create_model("resnet18", num_classes=0))
-    learner = BYOL(net, 64, projection_size=8, projection_hidden_size=16)
-    trained = "300 epochs of BYOL on 10,000 slides at 64 px."
-    export_backbone(learner, tmp_path / "slides.safetensors", card=trained)
-    _, header, text = (tmp_path / "README.md").read_text().split("---\n")
-    assert (
-        yaml.safe_load(header)["library_name"] == "timm" and "license" not in header.split("#")[0]
-    )
-    assert trained in text and "64 x 64 pixels" in text and "[0.485, 0.456, 0.406]" in text
-    monkeypatch.chdir(tmp_path)
-    found: dict = {}
-    exec(text.split("```python\n")[1].split("```")[0], found)
-    assert same(found["net"], net)
-    with pytest.raises(FileExistsError, match=r"README.md exists; expected none\. Move it, or"):
-        export_backbone(learner, tmp_path / "other.safetensors", card=trained)
-    assert not (tmp_path / "other.safetensors").exists()
-
-
-def test_a_card_of_an_unknown_network_claims_nothing(tmp_path: Path) -> None:
-    export_backbone(small_net(), tmp_path / "net.safetensors", card="By hand.")
-    text = (tmp_path / "README.md").read_text()
-    assert "timm" not in text and "normalised" not in text and "None" not in text
-    assert "net = ...  # the network that was trained" in text
 
 
 def in_file(path: Path) -> set[str]:

@@ -29,7 +29,7 @@ def test_the_exported_programs_give_the_features_of_the_learner(
     learner.eval()
     monkeypatch.chdir(tmp_path)
     export_backbone(learner, "backbone.safetensors", model_args=NETWORKS[name])
-    capture, to_onnx, run = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    capture, to_onnx, run, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
     names: dict[str, object] = {}
     exec(capture, names)

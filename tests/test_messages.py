@@ -39,8 +39,15 @@ from torch.utils.data.distributed import DistributedSampler
 import byol_pytorch
 from byol_pytorch import BYOL, optim
 from byol_pytorch import evaluation as ev
-from byol_pytorch.augment import byol_views, channel_statistics, per_image, stages
-from byol_pytorch.checkpoint import export_backbone, keep_last, load, load_backbone, save
+from byol_pytorch.augment import byol_views, channel_statistics, local_views, per_image, stages
+from byol_pytorch.checkpoint import (
+    export_backbone,
+    keep_last,
+    load,
+    load_backbone,
+    same_padding,
+    save,
+)
 from byol_pytorch.evaluation import features, protocols, rows, svm
 from byol_pytorch.heads import BatchNorm, sync_batchnorm
 
@@ -102,6 +109,12 @@ def own(function: Callable[[Tensor], Any]) -> Any:
 
 def shape_of(*arguments: Any, **kwargs: Any) -> Callable[[Path], Any]:
     return lambda f: wrap(augment_fn=nn.Identity())(*arguments, **kwargs)
+
+
+def padded() -> nn.Module:
+    net = timm.create_model("resnet10t")
+    same_padding(net)
+    return net
 
 
 def built(**kwargs: Any) -> Callable[[Path], Any]:
@@ -257,6 +270,21 @@ CASES: list[Case] = [
     ("views: mean of others", built(mean=(0.1, 0.2))),
     ("per_image: no tensor", lambda f: per_image(list)(X)),
     ("per_image: sizes", lambda f: per_image(two_sizes)(X)),
+    ("local views: number", built(local_views=-1)),
+    ("local views: without a number", built(local_size=8)),
+    ("local views: no callable", built(local_views=1, local_augment_fn="crop")),
+    (
+        "local views: normalised otherwise",
+        lambda f: wrap(local_views=1, local_augment_fn=local_views(8, mean=None, std=None)),
+    ),
+    ("local views: one size alone", built(image_size=32, local_views=1, local_size=48)),
+    ("local views: none came", lambda f: wrap(local_views=1, local_size=8)(X, X)),
+    (
+        "local views: fewer images",
+        lambda f: wrap(local_views=1, local_size=8)(X, X, local_views=[X[:1, :, :8, :8]]),
+    ),
+    ("export: a folder of no timm network", lambda f: export_backbone(Small(), f / "folder")),
+    ("export: a folder of one that pads", lambda f: export_backbone(padded(), f / "folder")),
     ("channel_statistics: none", lambda f: channel_statistics([])),
     ("channel_statistics: channels", lambda f: channel_statistics([X, X[:, :1]])),
     ("channel_statistics: constant", lambda f: channel_statistics([X * 0])),
@@ -408,10 +436,7 @@ CASES: list[Case] = [
     ("load_backbone: DeepMind's padding", lambda f: deepmind(f, None)),
     ("load_backbone warning: DeepMind's padding", lambda f: deepmind(f, "torch")),
     ("export_backbone: half a normalisation", lambda f: exported(f, mean=(0.5,))),
-    ("export_backbone: a README is there",
-     lambda f: exported(bytes_in(f, b"", "README.md").parent, card="trained")),
     ("export_backbone: model_args", lambda f: exported(f, model_args={"norm": nn.ReLU})),
-    ("export_backbone: naming", lambda f: exported(f, naming="timm")),
     # evaluation: neighbours
     ("knn: half of the queries", lambda f: knn(queries=ROWS)),
     ("knn: one class", lambda f: knn(bank_labels=LABELS * 0)),

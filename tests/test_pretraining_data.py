@@ -32,6 +32,7 @@ from torchvision.transforms import RandomResizedCrop, v2
 
 pytestmark = pytest.mark.xdist_group("pretraining data")
 
+TWO = [(32, decoding.PAPER_CROP)] * 2  # the crops of two views
 STL_IMAGES = {"train": 6, "unlabeled": 7, "test": 3}
 
 
@@ -110,7 +111,7 @@ def test_cifar_is_read_as_torchvision_reads_it(
     assert train.labels.tolist() == labels.tolist()
     assert test is not None and len(test) == 4
     assert all(np.array_equal(train.read(i), rows[i].reshape(3, 32, 32)) for i in range(10))
-    views, bad = batches.TrainingImages(train, 32, 0)[
+    views, bad = batches.TrainingImages(train, TWO, 0)[
         np.column_stack((np.zeros(4, int), np.arange(4)))
     ]
     assert not bad and torch.equal(views[0][3], train.read(3))
@@ -388,7 +389,7 @@ def test_data_that_is_gone_ends_the_run(tmp_path: Path) -> None:
     source, _ = sources.open_data(data)
     for file in data.rglob("*.jpg"):
         file.unlink()
-    images = batches.TrainingImages(source, 32, 0)
+    images = batches.TrainingImages(source, TWO, 0)
     with pytest.raises(RuntimeError, match=r"100 images in a row .*\.jpg: FileNotFoundError"):
         images[np.column_stack((np.zeros(2, int), np.arange(2)))]
 
@@ -418,7 +419,7 @@ def test_the_two_crops_are_those_of_the_whole_image(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(decoding, "draw_box", lambda *_: next(draws))
     data = encoded(rng, 90, 110, "PNG")
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
-    views = decoding.two_crops(decoding.open_image(data), 32, rng)
+    views = decoding.random_crops(decoding.open_image(data), TWO, rng)
     for view, box in zip(views, boxes, strict=True):
         expected = v2.functional.resized_crop(
             pixels, *box, [32, 32], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
@@ -442,7 +443,7 @@ def test_a_large_jpeg_is_decoded_smaller_only_where_both_crops_allow_it(
         asked.clear()
         draws = iter(boxes)
         monkeypatch.setattr(decoding, "draw_box", lambda *_, draws=draws: next(draws))
-        decoding.two_crops(decoding.open_image(data), 32, rng)
+        decoding.random_crops(decoding.open_image(data), TWO, rng)
         assert asked == expected
 
 
@@ -452,7 +453,7 @@ def test_crops_of_a_reduced_jpeg_show_the_same(monkeypatch: pytest.MonkeyPatch) 
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
     box = (37, 101, 311, 243)
     monkeypatch.setattr(decoding, "draw_box", lambda *_: box)
-    for view in decoding.two_crops(decoding.open_image(data), 32, rng):
+    for view in decoding.random_crops(decoding.open_image(data), TWO, rng):
         expected = v2.functional.resized_crop(
             pixels, *box, [32, 32], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
         )

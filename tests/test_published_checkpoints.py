@@ -17,7 +17,7 @@ from checkpoint_helpers import installed, layout, marked, write_mmengine
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from byol_pytorch.checkpoint import export_backbone, load, load_backbone
+from byol_pytorch.checkpoint import load, load_backbone
 
 NUMBERS = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
 
@@ -201,31 +201,3 @@ def test_a_transformer_with_more_than_the_network_has_is_refused(tmp_path: Path)
     torch.save(torchvision_vit(conv_stem_configs=stem).state_dict(), tmp_path / "vit.pth")
     with pytest.raises(ValueError, match=r"patch_embed\.proj\.weight is \(16, 3, 8, 8\) in"):
         load_backbone(tmp_path / "vit.pth", timm_vit())
-
-
-@pytest.mark.parametrize("pair", [(timm_vit, torchvision_vit, "torchvision"),
-                                  (torchvision_vit, timm_vit, "timm"),
-                                  (timm_vit, timm_vit, "timm")])  # fmt: skip
-def test_a_transformer_is_exported_under_either_naming(pair: Any, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    source, other = randomised(pair[0]()), pair[1]()
-    export_backbone(source, tmp_path / "vit.safetensors", naming=pair[2])
-    other.load_state_dict(load_file(tmp_path / "vit.safetensors"))
-    images = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(other(images), source(images), rtol=1e-4, atol=1e-4)
-
-
-def test_resnets_have_one_naming_and_others_none(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    path = tmp_path / "net.safetensors"
-    for naming in ("timm", "torchvision"):
-        export_backbone(timm.create_model("resnet18"), path, naming=naming)
-        torchvision.models.resnet18().load_state_dict(load_file(path))
-    for net in (timm.create_model("convnext_atto"), timm.create_model("resnet18d")):
-        with pytest.raises(
-            ValueError, match="expected 'timm' or 'torchvision', and a ResNet or ViT"
-        ):
-            export_backbone(net, tmp_path / "other.safetensors", naming="torchvision")
-    assert not (tmp_path / "other.safetensors").exists()

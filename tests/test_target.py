@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from byol_pytorch import BYOL
-from byol_pytorch.backbone.representation import Source
+from byol_pytorch.backbone.representation import Place
 from byol_pytorch.target import Target, ema_decay
 
 
@@ -270,7 +270,7 @@ def test_integer_parameters_are_copied():
             self.weight = nn.Parameter(torch.randn(3))
 
     online = WithTable()
-    target = Target(copy.deepcopy(online), nn.Identity(), Source("net", "", nn.Identity()))
+    target = Target(copy.deepcopy(online), nn.Identity(), Place("net", "", nn.Identity()))
     online.table.data += 5
     target.update(online, nn.Identity(), 0.9)
     assert torch.equal(target.net.table, online.table)

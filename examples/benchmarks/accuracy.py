@@ -32,9 +32,9 @@ from typing import Any
 
 import timm
 import torch
-from accuracy_parts import BATCH, METHODS, OURS, RUNGS, Rung, build
+from accuracy_parts import BATCH, LIGHTLY, METHODS, OURS, PEER, RUNGS, Rung, build
 from quickstart import RECIPE, endless_batches, lr_factor
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_ind, ttest_rel
 from torch import Tensor
 from tqdm import tqdm
 
@@ -77,18 +77,18 @@ def main() -> None:
     ]
     search = [
         Run(rung, method, TUNING_SEED, args.steps, lr, tuning=True)
-        for rung, method, lr in itertools.product(args.rungs, METHODS, RATES)
+        for rung, method, lr in itertools.product(args.rungs, args.methods, RATES)
     ]
     carry_out(untrained + search, done, args)
     rates = {
         (rung, method): max(
             (r for r in search if (r.rung, r.method) == (rung, method)), key=lambda r: done[r].few
         ).lr
-        for rung, method in itertools.product(args.rungs, METHODS)
+        for rung, method in itertools.product(args.rungs, args.methods)
     }
     equal_steps = [
         Run(rung, method, seed, args.steps, rates[rung, method])
-        for seed, rung, method in itertools.product(range(args.seeds), args.rungs, METHODS)
+        for seed, rung, method in itertools.product(range(args.seeds), args.rungs, args.methods)
     ]
     carry_out(equal_steps, done, args)
     equal_time = []
@@ -110,6 +110,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--cifar", type=Path, metavar="FOLDER", help="train.npz and test.npz of jpeg, offsets, "
         "labels; without it that rung is left out")  # fmt: skip
     add("--bccd", type=Path, metavar="FOLDER", help="BCCD in VOC's layout; as above")
+    add("--methods", nargs="+", choices=METHODS, default=[OURS, PEER, LIGHTLY],
+        help="default: two views and the peers; the first is always there")  # fmt: skip
     add("--steps", type=int, default=300, help="of each run; default: %(default)s")
     add("--seeds", type=int, default=3, help="default: %(default)s")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; default: cores")
@@ -126,6 +128,7 @@ def parse_arguments() -> argparse.Namespace:
         if file and not file.exists():
             parser.error(f"{name}: {file} is not there; see --help")
     args.rungs = [rung for rung in RUNGS if folders[rung]]
+    args.methods = [method for method in METHODS if method == OURS or method in args.methods]
     return args
 
 
@@ -238,8 +241,8 @@ def report(
     lines = [
         f"{args.steps} steps of {BATCH} images, {args.seeds} seeds, kNN accuracy in % (mean ± "
         "standard deviation), CPU seconds on one thread (median). A verdict needs two standard "
-        "errors of the difference of the means, which of so few seeds is little: p is Welch's. "
-        "Methods share initial weights and batches by seed.",
+        "errors of the difference of the means, which of so few seeds is little: p is Welch's, "
+        "paired that of the differences by seed. Methods share weights and batches by seed.",
         "",
         "| rung | method | lr | equal steps: few labels | all labels | seconds "
         "| equal time: steps | few labels | all labels |",
@@ -249,7 +252,7 @@ def report(
         start = [done[run] for run in untrained if run.rung == rung]
         lines.append(f"| {rung} | untrained | | {figure(start, 'few')} | {figure(start, 'all')} "
                      "| | | | |")  # fmt: skip
-        for method in METHODS:
+        for method in args.methods:
             steps = [run for run in equal_steps if (run.rung, run.method) == (rung, method)]
             timed = [run for run in at_equal_time if (run.rung, run.method) == (rung, method)]
             a, b = ([done[run] for run in runs] for runs in (steps, timed))
@@ -262,7 +265,7 @@ def report(
     for rung, (name, runs) in itertools.product(
         args.rungs, (("equal steps", equal_steps), ("equal time", at_equal_time))
     ):
-        lines += [f"- {rung}, {name}: {verdict(rung, labels, runs, done)}"
+        lines += [f"- {rung}, {name}: {verdict(rung, labels, runs, done, args.methods)}"
                   for labels in ("few", "all")]  # fmt: skip
     (args.output / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -277,14 +280,14 @@ def deviation(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def verdict(rung: str, labels: str, runs: list[Run], done: Outcomes) -> str:
+def verdict(rung: str, labels: str, runs: list[Run], done: Outcomes, methods: list[str]) -> str:
     """Whether ours is ahead of each of the others by more than two standard errors."""
     values = {
         method: [getattr(done[r], labels) for r in runs if (r.rung, r.method) == (rung, method)]
-        for method in METHODS
+        for method in methods
     }
     said = []
-    for method in METHODS[1:]:
+    for method in methods[1:]:
         ours, other = values[OURS], values[method]
         ahead = statistics.mean(ours) - statistics.mean(other)
         error = math.hypot(deviation(ours), deviation(other)) / math.sqrt(len(ours))
@@ -292,8 +295,10 @@ def verdict(rung: str, labels: str, runs: list[Run], done: Outcomes) -> str:
         if abs(ahead) > 2 * error:
             word = "leads" if ahead > 0 else "trails"
         p = ttest_ind(ours, other, equal_var=False).pvalue
+        paired = ttest_rel(ours, other).pvalue
         by_seed = ", ".join(f"{a - b:+.1f}" for a, b in zip(ours, other, strict=True))
-        figures = f"{ahead:+.1f}, two standard errors {2 * error:.1f}, p {p:.2f}; by seed {by_seed}"
+        figures = f"{ahead:+.1f}, two standard errors {2 * error:.1f}, p {p:.2f}, "
+        figures += f"paired {paired:.2f}; by seed {by_seed}"
         said.append(f"{word} {method} ({figures})")
     return f"{labels} labels: {'; '.join(said)}"
 

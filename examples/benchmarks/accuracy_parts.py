@@ -25,13 +25,15 @@ from quickstart import RECIPE
 from step_contestants import LightlyBYOL, lightly_views, peer_class
 
 from byol_pytorch import BYOL
-from byol_pytorch.augment import byol_views
+from byol_pytorch.augment import byol_views, local_views
+from byol_pytorch.augment.views import GLOBAL_SCALE
 
 SIZE, BATCH = 32, 128
 HEAD = {"projection_size": RECIPE.projection_size,
         "projection_hidden_size": RECIPE.projection_hidden_size}  # fmt: skip
 OURS, PEER, LIGHTLY = "byol_pytorch", "byol-pytorch 0.9.1", "lightly's parts"
-METHODS = (OURS, PEER, LIGHTLY)
+LOCAL, SHARED = "byol_pytorch, 2 local views", "byol_pytorch, 2 local views, one predictor"
+METHODS = (OURS, LOCAL, SHARED, PEER, LIGHTLY)
 
 
 # The rungs --------------------------------------------------------------------------------------
@@ -149,15 +151,23 @@ class Method:
 
 def build(name: str, net: Any, rung: Rung, steps: int, args: argparse.Namespace) -> Method:
     """Heads and EMA alike, views of each library's own kind with its defaults for this size."""
-    if name == OURS:
-        return ours(net, rung, steps)
+    if name in (OURS, LOCAL, SHARED):
+        return ours(net, rung, steps, name)
     return peer(net, args) if name == PEER else lightly(net, rung, steps)
 
 
-def ours(net: nn.Module, rung: Rung, steps: int) -> Method:
-    first, second = byol_views(SIZE, preset=rung.preset, channels_last=True)
-    learner = BYOL(net, SIZE, augment_fn=first, augment_fn2=second,
-                   moving_average_decay=RECIPE.base_decay, total_steps=steps, **HEAD)  # fmt: skip
+def ours(net: nn.Module, rung: Rung, steps: int, name: str) -> Method:
+    options: dict[str, Any] = {"preset": rung.preset, "channels_last": True}
+    local: dict[str, Any] = {}
+    if name != OURS:
+        options["scale"] = GLOBAL_SCALE
+        small = local_views(SIZE // 2, preset=rung.preset, channels_last=True)
+        local = {"local_views": 2, "local_size": SIZE // 2, "local_augment_fn": small}
+    first, second = byol_views(SIZE, **options)
+    learner = BYOL(net, SIZE, augment_fn=first, augment_fn2=second, **HEAD, **local,
+                   moving_average_decay=RECIPE.base_decay, total_steps=steps)  # fmt: skip
+    if name == SHARED:
+        learner.local_predictor = learner.predictor
     return Method(list(learner.parameters()), learner, lambda step: learner.update_moving_average())
 
 

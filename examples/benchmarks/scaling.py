@@ -23,6 +23,7 @@ from step_contestants import OURS
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from parts.backbone import build
 from parts.batches import TrainingImages
+from parts.decoding import PAPER_CROP
 from parts.processes import fail
 from parts.sources import open_data
 from parts.tables import markdown
@@ -135,7 +136,9 @@ def step_rate(path: Path) -> tuple[float, str]:
 def decode_rate(args: argparse.Namespace) -> float:
     """Images a second that one core of this machine reads and crops, as the training does."""
     torch.set_num_threads(1)
-    images = TrainingImages(open_data(args.data)[0], args.image_size, 0, args.decode_size)
+    images = TrainingImages(
+        open_data(args.data)[0], [(args.image_size, PAPER_CROP)] * 2, 0, args.decode_size
+    )
     order = np.random.default_rng(0).permutation(len(images.source))
     keys = np.column_stack((np.zeros_like(order), order))  # epoch and image
     images[keys[:8]]  # files and libraries are opened once

@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from parts.decoding import CENTRE, PAPER_CROP, Crop, central_square, pixels, two_crops
+from parts.decoding import CENTRE, Crop, central_square, pixels, random_crops
 from parts.processes import leave_signals_to_the_trainer
 from parts.sources import Arrays, Source
 
@@ -32,16 +32,15 @@ Bad = tuple[int, str]  # number of an image and why it could not be read
 class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
     """Images by (n, 2), epoch and number of each, as uint8 tensors; and those that cannot be read.
 
-    Two tensors (B, 3, size, size), the crops of both views, drawn in the original's coordinates
-    from one decoding; one tensor (B, 3, H, W) where the crops are left to the device: images of
-    one size, and with `decode_size` the central square at that size.
+    A tensor (B, 3, size, size) for each of `crops`, all drawn in the original's coordinates from
+    one decoding; one tensor (B, 3, H, W) where the crops are left to the device: images of one
+    size, and with `decode_size` the central square at that size.
     """
 
     source: Source
-    size: int
+    crops: Sequence[tuple[int, Crop]]  # size and distribution of each view's
     seed: int
     decode_size: int | None = None
-    crop: Crop = PAPER_CROP  # of those drawn here
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -72,7 +71,7 @@ class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
             return [central_square(image, 1.0, self.decode_size)]
         if self.source.size is None:
             assert not isinstance(image, Tensor)
-            return two_crops(image, self.size, rng, self.crop)
+            return random_crops(image, self.crops, rng)
         image = image if isinstance(image, Tensor) else pixels(image)
         if image.shape[1:] != self.source.size:
             raise ValueError(f"the size is {tuple(image.shape[1:])}, not {self.source.size}")

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,18 +54,18 @@ class Crop:
 PAPER_CROP = Crop()
 
 
-def two_crops(
-    image: Image.Image, size: int, rng: np.random.Generator, crop: Crop = PAPER_CROP
+def random_crops(
+    image: Image.Image, wanted: Sequence[tuple[int, Crop]], rng: np.random.Generator
 ) -> list[Tensor]:
-    """Two random resized crops (3, size, size) of one decoding."""
+    """Random resized crops of one decoding: for each size and distribution a (3, size, size)."""
     width, height = image.size
-    boxes = [draw_box(rng, height, width, crop) for _ in range(2)]
-    # A JPEG can be decoded smaller where both crops keep twice the pixels of their views a side:
+    boxes = [(size, draw_box(rng, height, width, crop)) for size, crop in wanted]
+    # A JPEG can be decoded smaller where all crops keep twice the pixels of their views a side:
     # the decoder's filter is another one, and then it leaves no trace.
-    reduced(image, min(min(h, w) for _, _, h, w in boxes) // (2 * size))
+    reduced(image, min(min(h, w) // (2 * size) for size, (_, _, h, w) in boxes))
     down, along = image.height / height, image.width / width
     crops = []
-    for top, left, h, w in boxes:
+    for size, (top, left, h, w) in boxes:
         x, y = round(left * along), round(top * down)
         right = min(image.width, x + max(1, round(w * along)))
         bottom = min(image.height, y + max(1, round(h * down)))

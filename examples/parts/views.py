@@ -1,4 +1,4 @@
-"""The two views of each batch of a pre-training run.
+"""The views of each batch of a pre-training run: two, and local ones behind them.
 
 `plan` is imagenet_ddp.py's.
 """
@@ -9,34 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from byol_pytorch.augment import byol_views
+from byol_pytorch.augment import byol_views, local_views
 from parts.batches import Bad, TrainingImages, make_loader, on_device, resident
 from parts.order import Order, seed_of
 from parts.sources import Source
 
 
 class Views:
-    """The batches and their two views. A step's draws are those of its whole global batch, of which
+    """The batches and their views. A step's draws are those of its whole global batch, of which
     each rank takes its part: views differ between ranks and do not depend on how many there are.
     """
 
     def __init__(self, plan: Any, source: Source, normalisation: tuple[Any, Any]) -> None:
         self.plan, recipe, (mean, std) = plan, plan.recipe, normalisation
-        self.data = TrainingImages(
-            source, recipe.image_size, plan.seed, plan.decode_size, recipe.crop
-        )
-        self.shape = self.data.shape or (recipe.image_size, recipe.image_size)
-        self.pair = byol_views(
-            recipe.image_size,
-            recipe.views,
-            crop=self.data.shape is not None,
-            mean=mean,
-            std=std,
-            channels_last=plan.channels_last,
-            compile=plan.compile or None,  # on a GPU the views compile in any case
-            **recipe.view_args,
-        )
-        for view in self.pair:
+        self.data = TrainingImages(source, recipe.crops, plan.seed, plan.decode_size)
+        how = {
+            "crop": self.data.shape is not None,
+            "mean": mean,
+            "std": std,
+            "channels_last": plan.channels_last,
+            "compile": plan.compile or None,  # on a GPU the views compile in any case
+        }
+        self.pipelines = pipelines(recipe, **how)
+        self.shapes = [self.data.shape or (size, size) for size, _ in recipe.crops]
+        for view in self.pipelines:
             view.to(plan.device)
 
     def batches(self, start: int) -> Iterator[tuple[list[Tensor], list[Bad]]]:
@@ -60,14 +56,30 @@ class Views:
         devices = [self.plan.device] if self.plan.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed_of(self.plan.seed, 2, step))
-            shape = torch.Size((self.plan.recipe.batch_size, 3, *self.shape))
-            return [view.forward_parameters(shape) for view in self.pair]
+            first = (self.plan.recipe.batch_size, 3)
+            pairs = zip(self.pipelines, self.shapes, strict=True)
+            return [view.forward_parameters(torch.Size((*first, *shape))) for view, shape in pairs]
 
     def make(self, images: list[Tensor], draws: list[Any], part: int) -> list[Tensor]:
         first = (self.plan.rank * self.plan.recipe.accumulate + part) * self.plan.images
         mine = slice(first, first + self.plan.images)
-        sides = (images[0], images[-1])
+        each = images if len(images) > 1 else images * len(draws)
         return [
             view(some, params=view.take(params, mine))
-            for view, some, params in zip(self.pair, sides, draws, strict=True)
+            for view, some, params in zip(self.pipelines, each, draws, strict=True)
         ]
+
+
+def pipelines(recipe: Any, **how: Any) -> list[Any]:
+    """The two views of the recipe, then one pipeline for all its local views, as often as those.
+
+    --view-args changes the two views; of those of a crop, a blur and solarize the local views have
+    their own. Raises TypeError or ValueError for arguments that make no views.
+    """
+    pair = byol_views(recipe.image_size, recipe.views, **recipe.view_options, **how)
+    if not recipe.local_views:
+        return list(pair)
+    own = ("scale", "ratio", "blur", "solarize")
+    shared = {name: value for name, value in recipe.view_args.items() if name not in own}
+    local = local_views(recipe.local_side, recipe.views, **shared, **how)
+    return [*pair, *[local] * recipe.local_views]

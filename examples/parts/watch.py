@@ -284,7 +284,7 @@ def describe(learner: BYOL, plan: Any, source: Source, shards: int) -> None:
     recipe = plan.recipe
     for name, value in plan.identity.items():
         print(f"{name.replace('_', '-'):24} {value}")
-    share = upsampled_share(source, recipe.image_size, plan.decode_size, recipe.crop)
+    share = upsampled_share(source, recipe.image_size, plan.decode_size, recipe.crops[0][1])
     print(
         f"\nglobal batch {recipe.batch_size}: {plan.world} processes x {recipe.accumulate} passes "
         f"x {plan.images} images, on {plan.device.type}\n"

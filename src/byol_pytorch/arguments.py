@@ -36,24 +36,16 @@ def check_flags(flags: Mapping[str, Any], sync_batchnorm: Any) -> None:
         )
 
 
-def check_augmentations(augment_fn: Any, augment_fn2: Any) -> None:
-    """Raise TypeError for augmentations that cannot be called."""
-    for name, value in (("augment_fn", augment_fn), ("augment_fn2", augment_fn2)):
-        if value is not None and not callable(value):
-            raise TypeError(
-                f"{name} is a {type(value).__name__}; expected a callable from (B, C, H, W) to a "
-                "view, or None. A pair of them, as byol_views gives, goes in as augment_fn=first, "
-                "augment_fn2=second."
+def check_local(count: Any, size: Any, augment_fn: Any) -> None:
+    """Raise ValueError unless local_views is a count or 0; its companions are only with a count."""
+    if not is_count(count) and (isinstance(count, bool) or count != 0):
+        raise ValueError(f"local_views={count!r}; expected an int of at least 0, for example 2.")
+    for name, value in (("local_size", size), ("local_augment_fn", augment_fn)):
+        if not count and value is not None:
+            raise ValueError(
+                f"{name} came with local_views=0; expected none. Give local_views= their number, "
+                "for example 2, or leave it out."
             )
-
-
-def check_hidden_layer(hidden_layer: Any) -> None:
-    """Raise TypeError for what names no layer; a bool would count as an index."""
-    if isinstance(hidden_layer, bool) or not isinstance(hidden_layer, str | int):
-        raise TypeError(
-            f"hidden_layer={hidden_layer!r}; expected a layer's dotted name, an index into "
-            "net.children(), or 'auto'. Print [name for name, _ in net.named_modules()] for names."
-        )
 
 
 def is_number(value: Any) -> bool:

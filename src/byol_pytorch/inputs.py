@@ -1,10 +1,10 @@
 """What networks take: a tensor, or a tuple or mapping of some; how it is walked, and its layout.
 
-What is wrong with a network, its heads or the views' size is found where those live.
+The checks of a network, of its heads and of the views' size live with those.
 """
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ def fresh(inputs: Any) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """What a layer gave, its tensors and what holds them copied: a later one may work in place."""
+    """A copy of what a layer gave, containers and tensors: a later layer may work in place."""
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, MutableMapping):
@@ -86,17 +86,7 @@ def for_network(inputs: Any, dtype: torch.dtype) -> Any:
     casts = torch.is_autocast_enabled(held[0].device.type)
     if casts and not any(x.dtype == torch.float64 for x in held):
         return inputs
-    return as_dtype(inputs, dtype)
-
-
-def as_dtype(inputs: Any, dtype: torch.dtype) -> Any:
-    """The floating-point tensors of `inputs` in `dtype`."""
     return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, inputs)
-
-
-def concatenated(one: Any, two: Any) -> Any:
-    """Both views as one batch."""
-    return map_tensors(lambda x, y: torch.cat((x, y)), one, two)
 
 
 @dataclass(frozen=True)
@@ -109,7 +99,7 @@ class Layout:
 
     @classmethod
     def of(cls, probe: Any, size: tuple[int, int] | None, given: bool) -> "Layout":
-        """Of the probe; `given` says that it is the user's example_input."""
+        """The layout of the probe; `given` says that it is the user's example_input."""
         one = isinstance(probe, Tensor)
         integers = given and any(not x.is_floating_point() for x in tensors(probe))
         return cls(tuple(probe.shape) if one else None, size, integers)
@@ -120,16 +110,14 @@ class Layout:
 
     def check(self, images: Any, what: str, finite: bool) -> None:
         """Raise TypeError or ValueError where `images` are not such as the network takes."""
-        if self.shape is not None and not isinstance(images, Tensor):
-            raise TypeError(
-                f"{what} are a {type(images).__name__}; expected a tensor {self._expected()}. "
-                "Stack them with torch.stack."
+        if isinstance(images, Tensor) != (self.shape is not None) or not tensors(images):
+            expected = (
+                "the structure of example_input, a tuple or a mapping of tensors. Build them as "
+                "example_input is built."
+                if self.shape is None
+                else f"a tensor {self._expected()}. Stack them with torch.stack."
             )
-        if self.shape is None and (isinstance(images, Tensor) or not tensors(images)):
-            raise TypeError(
-                f"{what} are a {type(images).__name__}; expected the structure of example_input, "
-                "a tuple or a mapping of tensors. Build them as example_input is built."
-            )
+            raise TypeError(f"{what} are a {type(images).__name__}; expected {expected}")
         for x in tensors(images):
             self._check_tensor(x, what)
             if finite and x.is_floating_point() and not bool(torch.isfinite(x).all()):
@@ -171,44 +159,43 @@ class Layout:
                 f"{self.channels}: expected {self._expected()}. {hint}"
             )
 
-    def check_views(self, one: Any, two: Any, finite: bool) -> None:
-        """Raise where ready views are not two alike float tensors of the learner's size."""
-        for view in (one, two):
-            self.check(view, "The views", finite)
+    def check_views(self, views: Sequence[Any], finite: bool, what: str = "views") -> None:
+        """Raise where ready views are not alike float tensors of the learner's size."""
+        for view in views:
+            self.check(view, f"The {what}", finite)
             for x in tensors(view):
                 if x.dtype == torch.uint8 and not self.integers:
                     raise TypeError(
-                        "The views have dtype torch.uint8; ready views are float, as the network "
+                        f"The {what} have dtype torch.uint8; ready views are float, as the network "
                         "should see them. Scale them (view.float() / 255, then normalise), or call "
                         "learner(images) to have views made."
                     )
                 if self.size is not None and x.ndim == 4 and tuple(x.shape[2:]) != self.size:
                     raise ValueError(
-                        f"The views are {tuple(x.shape[2:])} pixels, this learner was built for "
-                        f"image_size={self.size}. Resize them, or build BYOL with their size."
+                        f"The {what} are {tuple(x.shape[2:])} pixels, this learner was built for "
+                        f"{'local' if 'local' in what else 'image'}_size={self.size}. Resize them, "
+                        "or build BYOL with their size."
                     )
-        check_alike(one, two)
+        check_alike(*views)
 
-    def check_made(self, one: Any, two: Any, images: Any) -> None:
-        """Raise where the views that two augmentations made of `images` do not fit the network.
+    def check_made(self, views: Sequence[Any], images: Any) -> None:
+        """Raise where the views that augmentations made of `images` do not fit the network.
 
-        Of views that are tuples or mappings only the structure and the dtypes are known.
+        The first two are augment_fn's and augment_fn2's, what follows local_augment_fn's. Of views
+        that are tuples or mappings only the structure and the dtypes are known.
         """
-        for view, name in ((one, "augment_fn"), (two, "augment_fn2")):
-            if self.shape is None:
-                self._check_made_structure(view, name)
-            else:
+        names = ("augment_fn", "augment_fn2", *["local_augment_fn"] * (len(views) - 2))
+        for view, name in zip(views, names, strict=True):
+            if self.shape is not None:
                 self._check_made_tensor(view, name, tensors(images)[0].shape[0])
-        check_alike(one, two)
-
-    def _check_made_structure(self, view: Any, name: str) -> None:
-        held = tensors(view)
-        if isinstance(view, Tensor) or not held:
-            raise TypeError(
-                f"{name} returned a {type(view).__name__}; expected the structure of "
-                "example_input, a tuple or a mapping of tensors. Return a view built as its "
-                "argument is."
-            )
+            elif isinstance(view, Tensor) or not tensors(view):
+                raise TypeError(
+                    f"{name} returned a {type(view).__name__}; expected the structure of "
+                    "example_input, a tuple or a mapping of tensors. Return a view built as its "
+                    "argument is."
+                )
+        check_alike(*views[:2])
+        check_alike(*views[2:])
 
     def _check_made_tensor(self, view: Any, name: str, count: int) -> None:
         assert self.shape is not None
@@ -248,13 +235,35 @@ class Layout:
         return "(" + ", ".join(["B", *map(str, self.shape[1:])]) + "), as example_input"
 
 
-def check_alike(one: Any, two: Any) -> None:
-    """Raise ValueError unless both views have the same shapes."""
-    shapes = [[tuple(x.shape) for x in tensors(v)] for v in (one, two)]
-    if shapes[0] != shapes[1]:
+def check_alike(*views: Any) -> None:
+    """Raise ValueError unless all views have the same shapes."""
+    shapes = [[tuple(x.shape) for x in tensors(view)] for view in views]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(
+                f"The two views have different shapes, {shapes[0]} and {other}; expected the same. "
+                "Make both augmentations give one size."
+            )
+
+
+def check_local_count(views: Sequence[Any], count: int) -> None:
+    """Raise ValueError unless the ready views are two and `count` local ones."""
+    two = views[1] is not None
+    if len(views) != 2 + count or not two:
         raise ValueError(
-            f"The two views have different shapes, {shapes[0]} and {shapes[1]}; expected the same. "
-            "Make both augmentations give one size."
+            f"{len(views) - 2} local views came{'' if two else ' without a second ready view'}; "
+            f"this learner was built for local_views={count}. Call learner(images), or "
+            "learner(view_one, view_two, local_views=[...]) with as many."
+        )
+
+
+def check_same_batch(view: Any, local: Any) -> None:
+    """Raise ValueError unless both are of as many images."""
+    counts = [tensors(x)[0].shape[0] for x in (view, local)]
+    if counts[0] != counts[1]:
+        raise ValueError(
+            f"The local views are of {counts[1]} images, the two views of {counts[0]}; expected "
+            "views of the same images. Cut all from one batch."
         )
 
 

@@ -1,30 +1,33 @@
 """BYOL as one module: two views, an online network, its EMA target and the loss between them.
 
-Finding the representation, the heads, the target's update, the loss and the views live in files of
-their own; optimizers, data and loops are the user's.
+Each part (representation, heads, target, loss, views) lives in a file of its own; optimizers, data
+and loops are the user's.
 """
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from byol_pytorch.arguments import (
-    check_augmentations,
-    check_flags,
-    check_hidden_layer,
-    check_sizes,
+from byol_pytorch.arguments import check_flags, check_local, check_sizes
+from byol_pytorch.augment.views import (
+    GLOBAL_SCALE,
+    as_view,
+    both_views,
+    local_sides,
+    local_view,
+    normalisation_of,
+    sides,
 )
-from byol_pytorch.augment.views import as_view, byol_views, sides
 from byol_pytorch.backbone import (
     Pool,
     Representation,
-    check_example,
     check_gradient,
-    check_network,
+    check_other_size,
     copy_for_target,
     drawing,
     evaluating,
@@ -35,9 +38,11 @@ from byol_pytorch.diagnostics import check_diagnosed, health
 from byol_pytorch.heads import check_batch, mlp, simplicial_embedding, simsiam_mlp
 from byol_pytorch.inputs import (
     Layout,
-    concatenated,
+    check_local_count,
+    check_same_batch,
     for_network,
     has_range,
+    map_tensors,
     range_warning,
     scaled,
     tensors,
@@ -90,6 +95,13 @@ class BYOL(nn.Module):
             function that drops in evaluation too, or draws from elsewhere, stays on).
         concatenate_views: pass both views through the networks as one batch, which shares their
             batch statistics; off as in the paper.
+        local_views: number of small views of each image beside the two; 0 as in the paper, 2 in
+            MULAN (arXiv 2602.05845). A predictor of their own, `local_predictor`, maps each to the
+            targets of both views, and the two are then of larger crops, scale (0.25, 1).
+        local_size: side, or (height, width), of the local views in pixels. None: 3/7 of
+            `image_size` to the nearest multiple of 16; 96 for 224.
+        local_augment_fn: what makes a local view, as `augment_fn`. None: augment.local_views,
+            normalised as the default views or those of byol_views are.
         check_finite: raise on images with NaN or inf. Costs a host-device synchronisation a call.
 
     Raises:
@@ -127,9 +139,11 @@ class BYOL(nn.Module):
         target_dropout: bool = False,
         concatenate_views: bool = False,
         check_finite: bool = False,
+        local_views: int = 0,
+        local_size: int | tuple[int, int] | None = None,
+        local_augment_fn: Augmentation | None = None,
     ) -> None:
         super().__init__()
-        check_network(net)
         check_decay(moving_average_decay, total_steps)
         sizes = {
             "projection_size": projection_size,
@@ -146,18 +160,28 @@ class BYOL(nn.Module):
             "check_finite": check_finite,
         }
         check_flags(flags, sync_batchnorm)
-        check_hidden_layer(hidden_layer)
-        check_augmentations(augment_fn, augment_fn2)
-        check_example(example_input)
+        check_local(local_views, local_size, local_augment_fn)
         size = None if image_size is None and example_input is not None else sides(image_size)
-        inputs = probe_inputs(uncompiled(net), size, example_input)
+        inputs = probe_inputs(net, size, example_input)
         found = locate(net, inputs, hidden_layer, pool)
         self.net, self.image_size = net, size
-        self._representation = Representation(net, found.source)
+        self._representation = Representation(net, found.place)
         self._unreached = found.unreached
         self._layout = Layout.of(inputs, size, example_input is not None)
-
+        pictures = size if len(self._layout.shape or ()) == 4 else None
+        channels, crops = self._layout.channels, {"scale": GLOBAL_SCALE} if local_views else {}
+        self.augment_fn, self.augment_fn2 = both_views(
+            augment_fn, augment_fn2, pictures, channels, mean, std, **crops
+        )
         dim, hidden = found.probe.shape[1], projection_hidden_size
+        self.local_views, self.local_augment_fn = int(local_views), local_augment_fn
+        if local_views:
+            small = pictures and local_sides(pictures, local_size)
+            if small:
+                check_other_size(net, self._representation, inputs, small, dim)
+            self._local_layout = replace(self._layout, size=small)
+            self.local_augment_fn = local_view(local_augment_fn, self.augment_fn, small, channels)
+
         make = mlp if use_momentum else simsiam_mlp
         width = sem_num_simplices * sem_simplex_dim if use_simplicial_embeddings else dim
         projector = make(width, projection_size, hidden, sync_batchnorm)
@@ -168,8 +192,10 @@ class BYOL(nn.Module):
         self.projector = projector.to(found.probe)
         predictor = mlp(projection_size, projection_size, hidden, sync_batchnorm)
         self.predictor = predictor.to(found.probe)
+        if local_views:
+            predictor = mlp(projection_size, projection_size, hidden, sync_batchnorm)
+            self.local_predictor = predictor.to(found.probe)
 
-        self._set_views(augment_fn, augment_fn2, mean, std)
         self.use_momentum, self.total_steps = use_momentum, total_steps
         self.target_dropout, self.concatenate_views = target_dropout, concatenate_views
         self.check_finite = check_finite
@@ -187,6 +213,7 @@ class BYOL(nn.Module):
         return_projection: bool = True,
         *,
         return_embedding: bool = False,
+        local_views: Sequence[Any] = (),
     ) -> Any:
         """The loss, or with `return_embedding` what the online network makes of the images.
 
@@ -194,12 +221,15 @@ class BYOL(nn.Module):
             images: (B, C, H, W) uint8 in [0, 255] or float in [0, 1]; with `view_two`, the first
                 of two views (float, as the network should see them: nothing is added).
             view_two: the second view. A bool here is read as return_embedding.
+            local_views: ready local views beside two ready views, as many as the learner has.
 
         Returns:
             A float32 scalar in [0, 8]: the mean over the batch of 2 - 2 cos, summed over both
-            directions (paper, equations 2 and 3). With return_embedding (projection (B, P),
-            embedding (B, D)), or the embedding alone without return_projection, with gradient and
-            in the current mode, normalised as in training.
+            directions (paper, equations 2 and 3). Local views add twice the mean over their pairs
+            with the two targets: both parts weigh the same, in [0, 16].
+            With return_embedding (projection (B, P), embedding (B, D)), or the embedding alone
+            without return_projection, with gradient and in the current mode, normalised as in
+            training.
 
         Raises TypeError or ValueError for images or views that do not fit, ValueError also for a
         batch of one whose heads would take batch statistics of it. The first batch of float images
@@ -214,27 +244,34 @@ class BYOL(nn.Module):
                 return embedding
             check_batch(embedding, (self.projector,))
             return self.projector(embedding), embedding
-        if view_two is None:
-            one, two = self.views(images)
-            self._layout.check_made(one, two, images)
+        if view_two is None and not local_views:
+            views = self.views(images)
+            self._layout.check_made(views, images)
         else:
-            one, two = images, view_two
-            self._layout.check_views(one, two, self.check_finite)
-        check_batch(one, (self.projector, self.predictor))
-        return self._loss(one, two)
+            views = (images, view_two, *local_views)
+            self._check_ready(views)
+        check_batch(views[0], (self.projector, self.predictor))
+        return self._loss(*views)
 
     @torch.no_grad()
-    def views(self, images: Any) -> tuple[Any, Any]:
-        """Two augmented views of `images` as the network is to see them, without gradient."""
+    def views(self, images: Any) -> tuple[Any, ...]:
+        """Two augmented views of `images` as the network is to see them, and the local views
+        behind those, without gradient."""
         self._check_images(images)
-        if self.augment_fn is None or self.augment_fn2 is None:
-            raise ValueError(
-                "There are no default views without image_size or for inputs other than "
-                "(B, C, H, W). Give augment_fn, or call learner(view_one, view_two)."
-            )
-        with torch.autocast(tensors(images)[0].device.type, enabled=False):
-            first, second = self.augment_fn, self.augment_fn2
-            return first(self._raw(images, first)), second(self._raw(images, second))
+        augmentations = [self.augment_fn, self.augment_fn2]
+        augmentations += [self.local_augment_fn] * self.local_views
+        made = []
+        for augment in augmentations:
+            if augment is None:
+                raise ValueError(
+                    "There are no default views without image_size or for inputs other than "
+                    "(B, C, H, W), and no default local views beside an augment_fn of your own. "
+                    "Give augment_fn (local_augment_fn), or call learner(view_one, view_two)."
+                )
+            with torch.autocast(tensors(images)[0].device.type, enabled=False):
+                # byol_views take uint8 as it is; other callables are given floats in [0, 1].
+                made.append(augment(scaled(images) if as_view(augment) is None else images))
+        return tuple(made)
 
     def representation(self, images: Any, normalise: bool = True) -> Tensor:
         """(B, D) of `images` without augmentation, in the current mode, with gradient.
@@ -271,14 +308,14 @@ class BYOL(nn.Module):
         """Make the target a fresh copy of the online network and projector, and the step 0."""
         self._step = 0
         if self.use_momentum:
-            source = self._representation.source
+            place = self._representation.place
             with torch.inference_mode(False):  # or no later update could change the copies
-                net = copy_for_target(self.net, source)
+                net = copy_for_target(self.net, place)
                 projector = copy.deepcopy(self.projector)
                 self.target = Target(
                     net,
                     projector,
-                    source,
+                    place,
                     dropout=self.target_dropout,
                     drawing=self._drawing,
                 )
@@ -296,18 +333,18 @@ class BYOL(nn.Module):
             seen = self._as_seen(images)
             check_diagnosed(seen)
             projection = self.projector(self._embed(seen))
-            target = projection if self.target is None else self.target(self._in_dtype(seen))
+            target = projection if self.target is None else self.target(seen)
             figures = health(projection, self.predictor(projection), target)
         return figures | {"ema_decay": self.moving_average_decay}
 
     def ddp_ignored(self, prefix: str = "") -> list[str]:
         """Names of the parameters that do not reach the representation, with `prefix` in front.
 
-        They get no gradient in training, so DDP must not wait for one; a parameter of the
-        evaluation forward alone is one of them, one of the training forward alone is not. Those
-        that are used at random or by what comes (LayerDrop, experts) are not either: then give
-        DDP find_unused_parameters=True. Where the training forward fails on the probe (it asks
-        for labels), the evaluation forward decides. DDP(learner) reads the names by itself; set
+        They get no gradient in training, so DDP must not wait for one. A parameter that only the
+        evaluation forward uses is named, one that only the training forward uses is not, and one
+        that is used at random or depending on the input (LayerDrop, experts) is not either: then
+        give DDP find_unused_parameters=True. Where the training forward fails on the probe (it
+        asks for labels), the evaluation forward decides. DDP(learner) reads the names itself; set
         `_ddp_params_and_buffers_to_ignore` of a module that wraps the learner to
         ddp_ignored("name.of.the.learner."). DDP does not broadcast them at its start either:
         `for p in ...: torch.distributed.broadcast(p.data, 0)` does, where ranks were initialised
@@ -332,40 +369,10 @@ class BYOL(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copied or unpickled network comes without the hooks.
-        self._representation = Representation(self.net, self._representation.source)
-
-    def _set_views(
-        self, augment_fn: Augmentation | None, augment_fn2: Augmentation | None, mean: Any, std: Any
-    ) -> None:
-        layout = self._layout
-        pictures = layout.size is not None and layout.shape is not None and len(layout.shape) == 4
-        first: Augmentation | None = None
-        second: Augmentation | None = None
-        if augment_fn is None and pictures:
-            assert layout.size is not None
-            first, second = byol_views(layout.size, mean=mean, std=std)
-        elif mean not in ("auto", None) or std not in ("auto", None):
-            raise ValueError(
-                "mean and std normalise after the default views, and augment_fn replaces those: "
-                "normalise in augment_fn, and leave mean and std out."
-            )
-        # Not `or`: an empty nn.Sequential, the identity, is false.
-        self.augment_fn = first if augment_fn is None else augment_fn
-        fallback = second if augment_fn is None else augment_fn
-        self.augment_fn2 = fallback if augment_fn2 is None else augment_fn2
-        one = self._normalisation_of(self.augment_fn)
-        two = self._normalisation_of(self.augment_fn2)
-        known = [as_view(view) is not None for view in (self.augment_fn, self.augment_fn2)]
-        if one != two and known[0] and (known[1] or augment_fn is None):
-            raise ValueError(
-                f"The first view is normalised by {one}, the second by "
-                f"{two if known[1] else 'what augment_fn2 does'}; expected the same of both. Give "
-                "byol_views(image_size, mean=..., std=...)[0] as augment_fn, with mean=None and "
-                "std=None where augment_fn2 does not normalise."
-            )
+        self._representation = Representation(self.net, self._representation.place)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("augment_fn", "augment_fn2") and not isinstance(value, nn.Module):
+        if name.endswith(("augment_fn", "augment_fn2")) and not isinstance(value, nn.Module):
             self.__dict__.get("_modules", {}).pop(name, None)  # torch refuses functions there
         super().__setattr__(name, value)
 
@@ -373,27 +380,12 @@ class BYOL(nn.Module):
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """(mean, std) that the Normalize stage of the first view works with; None without one, or
         where augment_fn is not of byol_views."""
-        return self._normalisation_of(self.augment_fn)
-
-    @staticmethod
-    def _raw(images: Any, augment_fn: Augmentation) -> Any:
-        # byol_views take uint8 as it is; other callables are given floats in [0, 1].
-        return scaled(images) if as_view(augment_fn) is None else images
-
-    def _normalisation_of(self, augment_fn: Augmentation | None) -> Any:
-        view = as_view(augment_fn)
-        found = None if view is None else view.statistics(self._layout.channels or 0)
-        # float32 holds 7 digits: those that were given.
-        return found and tuple(tuple(float(f"{x:.7g}") for x in v.tolist()) for v in found)
+        return normalisation_of(self.augment_fn, self._layout.channels)
 
     def _check_images(self, images: Any, ranged: bool = True) -> None:
         self._layout.check(images, "The images", self.check_finite)
-        if (
-            not ranged
-            or torch.compiler.is_compiling()
-            or self._range_checked
-            or not has_range(images)
-        ):
+        looked = torch.compiler.is_compiling() or self._range_checked
+        if looked or not ranged or not has_range(images):
             return
         self._range_checked = True
         if message := range_warning(images, clipped=as_view(self.augment_fn) is not None):
@@ -402,41 +394,53 @@ class BYOL(nn.Module):
     def _as_seen(self, images: Any, normalise: bool = True) -> Any:
         # Without normalisation they may be in any range.
         self._check_images(images, ranged=normalise)
-        if normalise and (view := as_view(self.augment_fn)) is not None:
-            return view.normalise(images)
-        return scaled(images)
+        view = as_view(self.augment_fn) if normalise else None
+        return self._in_dtype(scaled(images) if view is None else view.normalise(images))
 
-    def _loss(self, one: Any, two: Any) -> Tensor:
-        goals: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-        if (target := self.target) is not None:
+    def _check_ready(self, views: Sequence[Any]) -> None:
+        check_local_count(views, self.local_views)
+        self._layout.check_views(views[:2], self.check_finite)
+        if self.local_views:
+            self._local_layout.check_views(views[2:], self.check_finite, "local views")
+            check_same_batch(views[0], views[2])
+
+    def _loss(self, one: Any, two: Any, *local: Any) -> Tensor:
+        views = self._passes(one, two)
+        goals = None
+        if self.target is not None:
             # Before the online network, whose activations then are not there yet: at ResNet-50
             # and 256 images the peak of memory is 1.1 GiB lower.
             with torch.no_grad():
-                goals = self._each_view(lambda view: (target(self._in_dtype(view)),), one, two)
-        (p_one, z_one), (p_two, z_two) = self._each_view(self._online, one, two)
-        if goals is not None:
-            (z_one,), (z_two,) = goals
-        return regression_loss(p_one, z_two.detach()) + regression_loss(p_two, z_one.detach())
+                goals = [self.target(view) for view in views]
+        projections = [self.projector(self._embed(view)) for view in views]
+        p_one, p_two = _parts([self.predictor(projection) for projection in projections], 2)
+        z_one, z_two = _parts(projections if goals is None else goals, 2)
+        z_one, z_two = z_one.detach(), z_two.detach()
+        loss = regression_loss(p_one, z_two) + regression_loss(p_two, z_one)
+        if not local:
+            return loss
+        projections = [self.projector(self._embed(view)) for view in self._passes(*local)]
+        predictions = _parts([self.local_predictor(p) for p in projections], len(local))
+        pairs = [regression_loss(p, z) for p in predictions for z in (z_one, z_two)]
+        return loss + 2 * torch.stack(pairs).mean()
 
-    def _each_view(
-        self, branch: Callable[[Any], tuple[Tensor, ...]], one: Any, two: Any
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        if not self.concatenate_views:
-            return branch(one), branch(two)
-        halves = [output.chunk(2) for output in branch(concatenated(one, two))]
-        return tuple(h[0] for h in halves), tuple(h[1] for h in halves)
-
-    def _online(self, view: Any) -> tuple[Tensor, Tensor]:
-        projection = self.projector(self._embed(view))
-        return self.predictor(projection), projection
+    def _passes(self, *views: Any) -> list[Any]:
+        """What goes through the network one after the other: a view each, or all in one batch."""
+        ready = [self._in_dtype(view) for view in views]
+        joined = self.concatenate_views and len(ready) > 1
+        return [map_tensors(lambda *xs: torch.cat(xs), *ready)] if joined else ready
 
     def _embed(self, view: Any) -> Tensor:
-        representation = self._representation(self.net, self._in_dtype(view))
-        source, unreached = self._representation.source, self._unreached
-        check_gradient(representation, self.net, source, unreached)
+        representation = self._representation(self.net, view)
+        check_gradient(representation, self.net, self._representation.place, self._unreached)
         return representation
 
     def _in_dtype(self, view: Any) -> Any:
         # A network cast to bfloat16 takes bfloat16.
         dtypes = (p.dtype for p in self.net.parameters() if p.is_floating_point())
         return for_network(view, next(dtypes))
+
+
+def _parts(outputs: list[Tensor], count: int) -> Sequence[Tensor]:
+    """One output a view, from those of `count` views or of one batch of all."""
+    return outputs if len(outputs) == count else outputs[0].chunk(count)

@@ -128,11 +128,10 @@ def param_groups(learner: nn.Module, weight_decay: float) -> list[dict[str, Any]
 
     The first holds the weights, with `weight_decay`; the second, without decay and with
     `adapt=False`, which LARS reads and others ignore, the biases, the parameters of norms of any
-    shape and library, scales and tokens (of one axis, others of length 1 aside), and what the
+    shape and library, scales and tokens (one axis, apart from axes of length 1), and what the
     network or a part of it names in `no_weight_decay()`, as timm's do their position embeddings.
-    In them is what trains and reaches the representation: not the target, not what is
-    frozen (freeze before the call), not what `learner.ddp_ignored()` names. Call it after
-    fully_shard, as any optimizer is built.
+    Neither holds the target, what is frozen (freeze before the call), or what
+    `learner.ddp_ignored()` names. Call it after fully_shard, as any optimizer is built.
 
     Raises ValueError for a negative decay, or a module other than a BYOL learner.
     """
@@ -299,7 +298,7 @@ def _trust_ratios(
 def _norms(tensors: TensorList, dtype: torch.dtype) -> TensorList:
     if len(tensors) > 1:
         return torch._foreach_norm(tensors, 2, dtype=dtype)
-    # foreach takes a norm in one thread of a CPU. What it reads and the others write next then
-    # travels between the cores, at several times the norm's cost; rows stay where they are.
+    # On a CPU foreach takes a norm in one thread, and the threads that write the weights next fetch
+    # them from its core, which costs several times the norm. Norms of rows avoid that.
     rows = torch.linalg.vector_norm(tensors[0], dim=tuple(range(1, tensors[0].ndim)), dtype=dtype)
     return [torch.linalg.vector_norm(rows)]

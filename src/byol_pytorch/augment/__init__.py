@@ -10,6 +10,7 @@ from byol_pytorch.augment.views import (
     IMAGENET_STD,
     PRESETS,
     byol_views,
+    local_views,
     per_image,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "PRESETS",
     "byol_views",
     "channel_statistics",
+    "local_views",
     "per_image",
 ]

@@ -32,7 +32,7 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def uniform(stage: Any, batch: int, count: int) -> Tensor:
-    """(B, count) numbers in [0, 1), one row for all where the stage says so."""
+    """(B, count) numbers in [0, 1); one row for all images where the stage has same_on_batch."""
     rows = 1 if stage.same_on_batch else batch
     drawn = torch.rand(rows, count, device=stage.device, dtype=torch.float32)
     return drawn.expand(batch, count)
@@ -540,11 +540,9 @@ class RandomSolarize(K.RandomSolarize):
 
     def generate_parameters(self, batch_shape: Sequence[int]) -> Params:
         draws = uniform(self, batch_shape[0], 2).unbind(dim=1)
-        names = ("thresholds", "additions")
-        ranges = {name: self.flags[name] for name in names}
-        drawn = {name: between(ranges[name], d) for name, d in zip(names, draws, strict=True)}
-        if ranges["additions"] == (0.0, 0.0):
-            del drawn["additions"]
+        drawn = {"thresholds": between(self.flags["thresholds"], draws[0])}
+        if self.flags["additions"] != (0.0, 0.0):
+            drawn["additions"] = between(self.flags["additions"], draws[1])
         return drawn
 
     def apply_transform(

@@ -23,6 +23,10 @@ Statistics = Literal["auto"] | Sequence[float] | None
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# Parts of the image's area that crops have where small ones come beside the two views: MULAN's
+# (github.com/pfdp0/mulan, main.py), in the paper's two views (0.08, 1).
+GLOBAL_SCALE, LOCAL_SCALE = (0.25, 1.0), (0.08, 0.25)
+
 # What differs from the defaults of `_view`, for the first and the second view. BYOL's paper
 # (arXiv 2006.07733), appendix B and table 6, has the strengths and probabilities.
 PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -92,18 +96,43 @@ def byol_views(
 
     Raises ValueError or TypeError on an unknown preset, an unknown name or a value out of range.
     """
+    first, second = _known(preset, changes, "byol_views")
+    shared = {"mean": mean, "std": std, **changes}
+    return _view(image_size, **{**first, **shared}), _view(image_size, **{**second, **shared})
+
+
+def local_views(
+    size: int | tuple[int, int],
+    preset: str = "imagenet",
+    *,
+    mean: Statistics = "auto",
+    std: Statistics = "auto",
+    **changes: Any,
+) -> "ViewSequential":
+    """The distribution of small local views: each call draws one of every image.
+
+    As the first view of `byol_views`, with its arguments, presets and errors, except for the crop,
+    scale=(0.08, 0.25) of the image's area, and the blur, of half of the views (of none with the
+    preset "cifar"). Source: MULAN (arXiv 2602.05845; github.com/pfdp0/mulan, augmentations.py and
+    main.py), whose views are of 96 px; it blurs those with the 23 taps of the large ones.
+    """
+    first, _ = _known(preset, changes, "local_views")
+    local = {"scale": LOCAL_SCALE, "blur": 0.5 if first.get("blur", 1.0) else 0.0}
+    return _view(size, mean=mean, std=std, **{**first, **local, **changes})
+
+
+def _known(preset: str, changes: dict[str, Any], caller: str) -> tuple[dict[str, Any], ...]:
     if preset not in PRESETS:
         raise ValueError(
             f"preset={preset!r} is not known. Expected one of {', '.join(map(repr, PRESETS))}; "
-            "other strengths are keyword arguments, for example byol_views(96, hue=0.05)."
+            f"other strengths are keyword arguments, for example {caller}(96, hue=0.05)."
         )
     if unknown := sorted(changes.keys() - signature(_view).parameters.keys()):
         raise TypeError(
-            f"byol_views knows no {', '.join(unknown)}; expected the names in its docstring, such "
-            "as scale, hue or blur."
+            f"{caller} knows no {', '.join(unknown)}; expected the names in the docstring of "
+            "byol_views, such as scale, hue or blur."
         )
-    first, second = ({**view, "mean": mean, "std": std, **changes} for view in PRESETS[preset])
-    return _view(image_size, **first), _view(image_size, **second)
+    return PRESETS[preset]
 
 
 def _view(
@@ -199,6 +228,91 @@ def as_view(augment_fn: Any) -> "ViewSequential | None":
     return augment_fn if isinstance(augment_fn, ViewSequential) else None
 
 
+def both_views(
+    augment_fn: Any, augment_fn2: Any, size: tuple[int, int] | None, channels: int | None,
+    mean: Statistics, std: Statistics, **changes: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """A learner's two augmentations: those given, else BYOL's of `size`, None where that is None.
+
+    `changes` are byol_views' for the latter.
+
+    Raises TypeError for what cannot be called; ValueError for a mean or std of no default views,
+    and where the two views are normalised differently.
+    """
+    for name, value in (("augment_fn", augment_fn), ("augment_fn2", augment_fn2)):
+        if value is not None and not callable(value):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}; expected a callable from (B, C, H, W) to a "
+                "view, or None. A pair of them, as byol_views gives, goes in as augment_fn=first, "
+                "augment_fn2=second."
+            )
+    ours = None
+    if augment_fn is None and size is not None:
+        ours = byol_views(size, mean=mean, std=std, **changes)
+    elif mean not in ("auto", None) or std not in ("auto", None):
+        raise ValueError(
+            "mean and std normalise after the default views, and augment_fn replaces those: "
+            "normalise in augment_fn, and leave mean and std out."
+        )
+    first, fallback = ours or (augment_fn, augment_fn)
+    second = fallback if augment_fn2 is None else augment_fn2
+    one, two = normalisation_of(first, channels), normalisation_of(second, channels)
+    known = as_view(second) is not None
+    if one != two and as_view(first) is not None and (known or ours):
+        raise ValueError(
+            f"The first view is normalised by {one}, the second by "
+            f"{two if known else 'what augment_fn2 does'}; expected the same of both. Give "
+            "byol_views(image_size, mean=..., std=...)[0] as augment_fn, with mean=None and "
+            "std=None where augment_fn2 does not normalise."
+        )
+    return first, second
+
+
+def local_view(
+    local_augment_fn: Any, augment_fn: Any, size: tuple[int, int] | None, channels: int | None
+) -> Any:
+    """A learner's augmentation of local views: the one given, else that of `size` pixels.
+
+    It is normalised as `augment_fn`; None where that is no pipeline of byol_views, or without size.
+    Raises TypeError for what cannot be called, ValueError for another normalisation.
+    """
+    known = as_view(augment_fn) is not None
+    mean, std = normalisation_of(augment_fn, channels) or (None, None)
+    if local_augment_fn is None:
+        return local_views(size, mean=mean, std=std) if known and size is not None else None
+    if not callable(local_augment_fn):
+        raise TypeError(
+            f"local_augment_fn is a {type(local_augment_fn).__name__}; expected a callable from "
+            "(B, C, H, W) to a view, such as augment.local_views(96), or None."
+        )
+    own = normalisation_of(local_augment_fn, channels) or (None, None)
+    if known and as_view(local_augment_fn) is not None and own != (mean, std):
+        raise ValueError(
+            f"The two views are normalised by {(mean, std)}, the local ones by {own}; expected the "
+            "same of all. Give local_views(size, mean=..., std=...) those of augment_fn."
+        )
+    return local_augment_fn
+
+
+def local_sides(size: tuple[int, int], given: Any) -> tuple[int, int]:
+    """(height, width) of local views: those given, else 3/7 of `size` as MULAN's 96 of 224.
+
+    To the nearest multiple of 16, the usual patch. Raises ValueError for an invalid size.
+    """
+    if given is not None:
+        return sides(given, "local_size")
+    height, width = (max(16, 16 * round(side * 3 / 7 / 16)) for side in size)
+    return height, width
+
+
+def normalisation_of(augment_fn: Any, channels: int | None) -> Any:
+    """(mean, std) of a pipeline of byol_views, one value a channel; None of others and without."""
+    view = as_view(augment_fn)
+    found = None if view is None else view.statistics(channels or 0)
+    # float32 holds 7 digits: those that were given.
+    return found and tuple(tuple(float(f"{x:.7g}") for x in v.tolist()) for v in found)
+
+
 def _normalisation(mean: Statistics, std: Statistics) -> list[Any]:
     """The Normalize stage, or none."""
     import kornia.augmentation as K
@@ -225,16 +339,16 @@ def _for_rgb(stage: Any) -> Any:
     return stage
 
 
-def sides(image_size: Any) -> tuple[int, int]:
-    """(height, width) of a valid image_size. Raises ValueError for others."""
-    pair = (image_size, image_size) if isinstance(image_size, int) else image_size
+def sides(size: Any, name: str = "image_size") -> tuple[int, int]:
+    """(height, width) of a valid size, the argument `name`. Raises ValueError for others."""
+    pair = (size, size) if isinstance(size, int) else size
     if (
         not isinstance(pair, Sequence)
         or len(pair) != 2
         or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in pair)
     ):
         raise ValueError(
-            f"image_size={image_size!r}. Expected a positive int or (height, width) of two; "
+            f"{name}={size!r}. Expected a positive int or (height, width) of two; "
             "for example 224 or (192, 256)."
         )
     return (pair[0], pair[1])

@@ -4,28 +4,21 @@ undisturbed.py puts back what a probe changes, pooling.py makes (B, D) of a laye
 """
 
 from byol_pytorch.backbone.locate import locate
-from byol_pytorch.backbone.probe import (
-    check_example,
-    check_network,
-    drawing,
-    evaluating,
-    probe_inputs,
-)
+from byol_pytorch.backbone.probe import check_other_size, drawing, evaluating, probe_inputs
 from byol_pytorch.backbone.representation import (
+    Place,
     Pool,
     Representation,
-    Source,
     check_gradient,
     copy_for_target,
 )
 
 __all__ = [
+    "Place",
     "Pool",
     "Representation",
-    "Source",
-    "check_example",
     "check_gradient",
-    "check_network",
+    "check_other_size",
     "copy_for_target",
     "drawing",
     "evaluating",

@@ -4,7 +4,6 @@ import difflib
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from byol_pytorch.backbone.pooling import hugging_face_pool, pool_for
 from byol_pytorch.backbone.probe import Channels, Trace
 from byol_pytorch.backbone.representation import (
+    Place,
     Pool,
     Representation,
-    Source,
     check_gradient,
     copy_for_target,
     runs_message,
@@ -26,14 +25,14 @@ from byol_pytorch.backbone.undisturbed import undisturbed
 from byol_pytorch.inputs import copied, fresh, map_tensors, tensors
 from byol_pytorch.parallel import uncompiled
 
-TRAINING_DRAWS = 16  # of what is skipped half of the time, one in 65,536 is never seen
+TRAINING_DRAWS = 16  # a layer that is skipped half of the time is missed once in 65,536 probes
 
 
 @dataclass(frozen=True)
 class Located:
-    """The source, the probe's representation (B, D), and the parameters that do not reach it."""
+    """The place, the probe's representation (B, D), and the parameters that do not reach it."""
 
-    source: Source
+    place: Place
     probe: Tensor
     unreached: frozenset[str]
 
@@ -52,29 +51,31 @@ def locate(
         trace = Trace(root, name)
         trace.run(inputs)
         if name is None:
-            source = _auto(root, inputs, trace, pool)
+            place = _auto(root, inputs, trace, pool)
         elif name == "":
-            source = Source("net", "", pool_for(trace.output, trace.channels, pool, "the network"))
+            place = Place("net", "", pool_for(trace.output, trace.channels, pool, "the network"))
         else:
             if trace.runs.get(name, 0) != 1:
                 raise ValueError(runs_message(name, trace.runs.get(name, 0)))
-            source = Source("output", name, pool_for(*trace.tapped, pool, f"layer {name!r}"))
-        if callable(pool) and source.take in ("input", "output"):
-            source = replace(source, pool=copied, finish=source.pool)
-        probe, reached = _evaluated(root, inputs, source)
+            place = Place("output", name, pool_for(*trace.tapped, pool, f"layer {name!r}"))
+        if callable(pool) and place.take in ("input", "output"):
+            place = replace(place, pool=copied, finish=place.pool)
+        probe, reached = _evaluated(root, inputs, place)
         named = {name: p for name, p in root.named_parameters() if p.requires_grad}
-        beyond = _leaves(_nodes(*_all_tensors(trace.output))) - reached
+        outputs: list[Tensor] = []
+        map_tensors(outputs.append, trace.output)
+        beyond = _leaves(_nodes(*outputs)) - reached
     evaluated = {name for name, p in named.items() if id(p) in reached}
     heads = {name for name, p in named.items() if id(p) in beyond}
-    trained, in_training = _trained(root, inputs, source, named.keys() - heads)
-    if source.take == "input":
-        droppable = _works_without_head(root, inputs, source, (probe, in_training))
-        source = replace(source, droppable=droppable)
+    trained, in_training = _trained(root, inputs, place, named.keys() - heads)
+    if place.take == "input":
+        droppable = _works_without_head(root, inputs, place, (probe, in_training))
+        place = replace(place, droppable=droppable)
     unreached = named.keys() - (evaluated if in_training is None else trained)
-    return Located(source, probe, frozenset(unreached))
+    return Located(place, probe, frozenset(unreached))
 
 
-def _auto(root: nn.Module, inputs: Any, trace: Trace, pool: str | Pool | None) -> Source:
+def _auto(root: nn.Module, inputs: Any, trace: Trace, pool: str | Pool | None) -> Place:
     if all(hasattr(root, m) for m in ("get_classifier", "forward_features", "forward_head")):
         return _auto_timm(root, inputs, trace, pool)
     libraries = {base.__module__.split(".")[0] for base in type(root).__mro__}
@@ -83,13 +84,13 @@ def _auto(root: nn.Module, inputs: Any, trace: Trace, pool: str | Pool | None) -
         if trace.runs[head.name] != 1:
             raise ValueError(runs_message(head.name, trace.runs[head.name]))
         label = f"the input of layer {head.name!r}"
-        return Source("input", head.name, pool_for(head.value, head.channels, pool, label))
+        return Place("input", head.name, pool_for(head.value, head.channels, pool, label))
     if "transformers" in libraries and hasattr(root, "config"):
-        return Source("net", "", hugging_face_pool(root, trace.output, trace.channels, pool))
-    return Source("net", "", pool_for(trace.output, trace.channels, pool, "the network"))
+        return Place("net", "", hugging_face_pool(root, trace.output, trace.channels, pool))
+    return Place("net", "", pool_for(trace.output, trace.channels, pool, "the network"))
 
 
-def _auto_timm(root: Any, inputs: Any, trace: Trace, pool: str | Pool | None) -> Source:
+def _auto_timm(root: Any, inputs: Any, trace: Trace, pool: str | Pool | None) -> Place:
     pooled = timm_methods(root, inputs)
     classifier = root.get_classifier()
     if isinstance(classifier, nn.Module):
@@ -97,32 +98,32 @@ def _auto_timm(root: Any, inputs: Any, trace: Trace, pool: str | Pool | None) ->
         # To the bit: a batch norm between the two changes next to nothing until it is trained.
         if seen is not None and trace.runs[seen.name] == 1 and _equal(seen.value, pooled):
             label = f"the input of the classifier {seen.name!r}"
-            return Source("input", seen.name, pool_for(seen.value, seen.channels, pool, label))
+            return Place("input", seen.name, pool_for(seen.value, seen.channels, pool, label))
     width = getattr(root, "head_hidden_size", None) or getattr(root, "num_features", None)
     channels = Channels(width, None) if isinstance(width, int) else None
-    return Source("methods", "", pool_for(pooled, channels, pool, "forward_head(pre_logits=True)"))
+    return Place("methods", "", pool_for(pooled, channels, pool, "forward_head(pre_logits=True)"))
 
 
-def _evaluated(root: nn.Module, inputs: Any, source: Source) -> tuple[Tensor, set[int]]:
+def _evaluated(root: nn.Module, inputs: Any, place: Place) -> tuple[Tensor, set[int]]:
     """The representation, and the ids of the parameters that it depends on, in evaluation."""
     watched = map_tensors(
         lambda x: x.detach().clone().requires_grad_() if x.is_floating_point() else x, inputs
     )
     leaves = tensors(watched)
-    representation, reached = _reach(root, watched, source)
+    representation, reached = _reach(root, watched, place)
     rows = representation.detach()
-    if not any(id(x) in reached for x in leaves) and not _differs(root, inputs, source, rows):
-        where = f"layer {source.layer!r}" if source.layer else "the network's output"
+    if not any(id(x) in reached for x in leaves) and not _differs(root, inputs, place, rows):
+        where = f"layer {place.layer!r}" if place.layer else "the network's output"
         raise ValueError(
             f"The representation at {where} does not depend on the images: it is the same for "
             "different ones. Name another layer with hidden_layer=."
         )
-    check_gradient(representation, root, source)
+    check_gradient(representation, root, place)
     return rows, reached
 
 
-def _differs(root: nn.Module, inputs: Any, source: Source, rows: Tensor) -> bool:
-    """Whether other inputs give another representation, or no other ones are known to be valid."""
+def _differs(root: nn.Module, inputs: Any, place: Place, rows: Tensor) -> bool:
+    """Whether other inputs give another representation; True where none are known to be valid."""
     if not _alike(rows):
         return True
     integers = [x for x in tensors(inputs) if not x.is_floating_point()]
@@ -131,7 +132,7 @@ def _differs(root: nn.Module, inputs: Any, source: Source, rows: Tensor) -> bool
     if len(integers) == len(tensors(inputs)):
         return False
     _seed(root, 0)
-    read = Representation(root, source)
+    read = Representation(root, place)
     return not torch.equal(read(root, _at_least_two(inputs)), read(root, _varied(inputs)))
 
 
@@ -140,13 +141,13 @@ def _alike(rows: Tensor) -> bool:
 
 
 def _trained(
-    root: nn.Module, inputs: Any, source: Source, wanted: set[str]
+    root: nn.Module, inputs: Any, place: Place, wanted: set[str]
 ) -> tuple[set[str], Tensor | None]:
     """Names of the parameters that the representation depends on in training, and its first draw.
 
-    Drawn anew until the `wanted` ones are all among them, because a forward may use parameters at
-    random (LayerDrop, mask tokens) or by what it is given (experts). No names and None where that
-    forward fails on the probe, as one that asks for labels does.
+    The forward is repeated until all `wanted` names are found, because it may use parameters at
+    random (LayerDrop, mask tokens) or depending on its input (experts). No names and None where
+    it fails on the probe, as one that asks for labels does.
     """
     trained: set[str] = set()
     first: Tensor | None = None
@@ -156,7 +157,7 @@ def _trained(
             _seed(root, draw)
             drawn = _varied(inputs) if draw else _at_least_two(inputs)
             try:
-                representation, reached = _reach(root, drawn, source)
+                representation, reached = _reach(root, drawn, place)
             except Exception:  # whatever a foreign forward raises
                 if first is None:
                     break
@@ -168,9 +169,9 @@ def _trained(
     return trained, first
 
 
-def _reach(root: nn.Module, inputs: Any, source: Source) -> tuple[Tensor, set[int]]:
+def _reach(root: nn.Module, inputs: Any, place: Place) -> tuple[Tensor, set[int]]:
     """The representation, and the ids of the inputs and parameters that it depends on."""
-    representation = Representation(root, source)(root, fresh(inputs))
+    representation = Representation(root, place)(root, fresh(inputs))
     nodes = _nodes(representation)
     if any(type(node).__name__.startswith("CheckpointFunction") for node in nodes):
         raise ValueError(
@@ -193,14 +194,6 @@ def _nodes(*outputs: Tensor) -> set[Any]:
 
 def _leaves(nodes: set[Any]) -> set[int]:
     return {id(node.variable) for node in nodes if type(node).__name__ == "AccumulateGrad"}
-
-
-def _all_tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, (Mapping, tuple, list)):
-        for part in output.values() if isinstance(output, Mapping) else output:
-            yield from _all_tensors(part)
 
 
 def _seed(root: nn.Module, seed: int) -> None:
@@ -231,10 +224,10 @@ def _varied(inputs: Any) -> Any:
 
 
 def _works_without_head(
-    root: nn.Module, inputs: Any, source: Source, expected: tuple[Tensor, Tensor | None]
+    root: nn.Module, inputs: Any, place: Place, expected: tuple[Tensor, Tensor | None]
 ) -> bool:
     """Whether a copy without its head gives `expected`, in evaluation and in training."""
-    trial = replace(source, droppable=True)
+    trial = replace(place, droppable=True)
     try:
         twin = copy_for_target(root, trial)
         for training, value in zip((False, True), expected, strict=True):
@@ -249,6 +242,11 @@ def _works_without_head(
 
 
 def _layer_name(root: nn.Module, hidden_layer: str | int) -> str:
+    if isinstance(hidden_layer, bool) or not isinstance(hidden_layer, str | int):
+        raise TypeError(
+            f"hidden_layer={hidden_layer!r}; expected a layer's dotted name, an index into "
+            "net.children(), or 'auto'. Print [name for name, _ in net.named_modules()] for names."
+        )
     children = [name for name, _ in root.named_children()]
     if isinstance(hidden_layer, int):
         if hidden_layer == -1:
@@ -260,11 +258,10 @@ def _layer_name(root: nn.Module, hidden_layer: str | int) -> str:
             )
         return children[hidden_layer]
     modules = dict(root.named_modules(remove_duplicate=False))
-    if isinstance(hidden_layer, str) and hidden_layer in modules:
+    if hidden_layer in modules:
         found = modules[hidden_layer]
         return next(name for name, module in root.named_modules() if module is found)
     names = [name for name in modules if name]
-    hidden_layer = str(hidden_layer)
     near = difflib.get_close_matches(hidden_layer, names, n=5, cutoff=0.4) or children[:8]
     raise ValueError(
         f"hidden_layer={hidden_layer!r} is no layer of {type(root).__name__}. Nearest names: "

@@ -1,7 +1,7 @@
 """How the output of a layer becomes a representation (B, D). Nothing is ever flattened silently."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,50 +12,6 @@ from byol_pytorch.backbone.representation import Pool
 from byol_pytorch.inputs import tensors
 
 
-@dataclass(frozen=True)
-class Unchanged:
-    """(B, D) as it is; a copy, because a layer behind may work in place."""
-
-    what: str
-
-    def __call__(self, value: Any) -> Tensor:
-        return checked(only_tensor(value, self.what), self.what).clone()
-
-
-@dataclass(frozen=True)
-class MeanOver:
-    """The mean over all axes but the first and the channel axis."""
-
-    what: str
-    channel_axis: int
-
-    def __call__(self, value: Any) -> Tensor:
-        x = only_tensor(value, self.what)
-        keep = (0, self.channel_axis % x.ndim)
-        return x.mean(dim=[axis for axis in range(x.ndim) if axis not in keep])
-
-
-@dataclass(frozen=True)
-class ClassToken:
-    """The first token of (B, N, D)."""
-
-    what: str
-
-    def __call__(self, value: Any) -> Tensor:
-        return only_tensor(value, self.what)[:, 0].clone()
-
-
-@dataclass(frozen=True)
-class ByUser:
-    """The user's callable, whose result must be (B, D)."""
-
-    what: str
-    function: Pool
-
-    def __call__(self, value: Any) -> Tensor:
-        return checked(self.function(value), f"pool= of {self.what}").clone()
-
-
 def pool_for(value: Any, channels: Channels | None, pool: str | Pool | None, what: str) -> Pool:
     """The pooling of a layer's output as probed, behind a last layer that gave `channels`.
 
@@ -63,9 +19,9 @@ def pool_for(value: Any, channels: Channels | None, pool: str | Pool | None, wha
     """
     if callable(pool):
         _check_stateless(pool, value, what)
-        by_user = ByUser(what, pool)
-        by_user(value)
-        return by_user
+        found = partial(by_user, what=what, function=pool)
+        found(value)
+        return found
     if pool not in ("auto", "mean", "cls", None):
         raise ValueError(
             f"pool={pool!r} is not known. Give 'auto', 'mean', 'cls', None, or a callable that "
@@ -74,7 +30,7 @@ def pool_for(value: Any, channels: Channels | None, pool: str | Pool | None, wha
     x = only_tensor(value, what)
     if x.ndim == 2 or pool is None:
         checked(x, what)
-        return Unchanged(what)
+        return partial(unchanged, what=what)
     shape = tuple(x.shape)
     if x.ndim < 3:
         raise ValueError(
@@ -87,8 +43,34 @@ def pool_for(value: Any, channels: Channels | None, pool: str | Pool | None, wha
                 f"pool='cls' takes the first token of (B, N, D), but {what} gives {shape}. Give "
                 "pool='mean', or a callable."
             )
-        return ClassToken(what)
-    return MeanOver(what, _channel_axis(x, channels, pool, what))
+        return partial(first_token, what=what)
+    return partial(mean_over, what=what, channel_axis=_channel_axis(x, channels, pool, what))
+
+
+# Functions of a module, and partials of them, so that a learner can be pickled. What they give is
+# a tensor of its own, because a layer behind may work in place.
+
+
+def unchanged(value: Any, what: str) -> Tensor:
+    """(B, D) as it is."""
+    return checked(only_tensor(value, what), what).clone()
+
+
+def mean_over(value: Any, what: str, channel_axis: int) -> Tensor:
+    """The mean over all axes but the first and the channel axis."""
+    x = only_tensor(value, what)
+    keep = (0, channel_axis % x.ndim)
+    return x.mean(dim=[axis for axis in range(x.ndim) if axis not in keep])
+
+
+def first_token(value: Any, what: str) -> Tensor:
+    """The first token of (B, N, D)."""
+    return only_tensor(value, what)[:, 0].clone()
+
+
+def by_user(value: Any, what: str, function: Pool) -> Tensor:
+    """What the user's callable gives, which must be (B, D)."""
+    return checked(function(value), f"pool= of {what}").clone()
 
 
 def _check_stateless(pool: Any, value: Any, what: str) -> None:
@@ -143,59 +125,45 @@ def hugging_face_pool(net: nn.Module, output: Any, channels: Channels | None, po
         )
     if pool != "auto":
         what = "the network's last_hidden_state"
-        return LastHiddenState(pool_for(output.get("last_hidden_state"), channels, pool, what))
+        found = pool_for(output.get("last_hidden_state"), channels, pool, what)
+        return partial(_of_last_hidden_state, pool=found)
     config: Any = net.config
-    found = HuggingFacePool(config.model_type, getattr(config, "num_register_tokens", 0) or 0)
+    registers = getattr(config, "num_register_tokens", 0) or 0
+    found = partial(hugging_face_feature, model_type=config.model_type, registers=registers)
     found(output)
     return found
 
 
-@dataclass(frozen=True)
-class LastHiddenState:
-    """A pooling of this one of a ModelOutput's tensors."""
-
-    pool: Pool
-
-    def __call__(self, output: Any) -> Tensor:
-        return self.pool(output["last_hidden_state"])
+def _of_last_hidden_state(output: Any, pool: Pool) -> Tensor:
+    return pool(output["last_hidden_state"])
 
 
-@dataclass(frozen=True)
-class HuggingFacePool:
-    """By model type, as modeling_<type>.py of transformers 5 feeds its ForImageClassification.
+def hugging_face_feature(output: Any, model_type: str, registers: int) -> Tensor:
+    """What modeling_<model_type>.py of transformers 5 feeds its ForImageClassification.
 
     A type that is not listed gives its pooler_output.
     """
-
-    model_type: str
-    registers: int
-
-    def __call__(self, output: Any) -> Tensor:
-        tokens = output.get("last_hidden_state")
-        kind = self.model_type.removesuffix("_vision_model")
-        if tokens is not None and tokens.ndim == 3:
-            if kind in ("vit", "deit", "vit_msn", "pvt"):
-                return tokens[:, 0]
-            if kind in ("dinov2", "dinov2_with_registers"):
-                patches = tokens[:, 1 + self.registers :]
-                return torch.cat((tokens[:, 0], patches.mean(1)), dim=1)
-            if kind in ("clip", "metaclip_2"):
-                return tokens[:, 1:].mean(1)
-            if kind in ("siglip", "siglip2", "ijepa", "levit"):
-                return tokens.mean(1)
-        if kind in ("segformer", "pvt_v2", "textnet") and tokens is not None and tokens.ndim == 4:
-            return tokens.mean((2, 3))
-        pooled = output.get("pooler_output")
-        if pooled is None:
-            raise ValueError(
-                f"Which output of a Hugging Face {self.model_type!r} model is its representation "
-                "is not known: it gives no pooler_output. Give pool='mean' for the mean over its "
-                "positions, name a layer with hidden_layer=, or pass the ForImageClassification "
-                "model."
-            )
-        return (
-            pooled.flatten(1) if pooled.shape[2:].numel() == 1 else checked(pooled, "pooler_output")
+    tokens = output.get("last_hidden_state")
+    kind = model_type.removesuffix("_vision_model")
+    if tokens is not None and tokens.ndim == 3:
+        if kind in ("vit", "deit", "vit_msn", "pvt"):
+            return tokens[:, 0]
+        if kind in ("dinov2", "dinov2_with_registers"):
+            return torch.cat((tokens[:, 0], tokens[:, 1 + registers :].mean(1)), dim=1)
+        if kind in ("clip", "metaclip_2"):
+            return tokens[:, 1:].mean(1)
+        if kind in ("siglip", "siglip2", "ijepa", "levit"):
+            return tokens.mean(1)
+    if kind in ("segformer", "pvt_v2", "textnet") and tokens is not None and tokens.ndim == 4:
+        return tokens.mean((2, 3))
+    pooled = output.get("pooler_output")
+    if pooled is None:
+        raise ValueError(
+            f"Which output of a Hugging Face {model_type!r} model is its representation is not "
+            "known: it gives no pooler_output. Give pool='mean' for the mean over its positions, "
+            "name a layer with hidden_layer=, or pass the ForImageClassification model."
         )
+    return pooled.flatten(1) if pooled.shape[2:].numel() == 1 else checked(pooled, "pooler_output")
 
 
 def only_tensor(value: Any, what: str) -> Tensor:

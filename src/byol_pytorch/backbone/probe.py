@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from byol_pytorch.backbone.undisturbed import undisturbed
 from byol_pytorch.inputs import call, copied, fresh, given, map_tensors, tensors
-from byol_pytorch.parallel import REPLICATED, is_sharded
+from byol_pytorch.parallel import REPLICATED, is_sharded, uncompiled
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -85,8 +86,12 @@ def probe_inputs(net: nn.Module, size: tuple[int, int] | None, example: Any) -> 
     """Two images of noise that the network takes, or `example`, on its device and in its dtype.
 
     The channel count is the first convolution's, else what a first Linear's width allows. Raises
-    ValueError where the network takes no such input.
+    TypeError, ValueError or RuntimeError for what is no bare network with weights to train, an
+    example without tensors or a batch, and where the network takes no such input.
     """
+    check_network(net)
+    check_example(example)
+    net = uncompiled(net)
     parameter = next(p for p in net.parameters() if p.is_floating_point())
     if example is not None:
         candidates = [
@@ -117,6 +122,28 @@ def probe_inputs(net: nn.Module, size: tuple[int, int] | None, example: Any) -> 
         f"{type(first).__name__}: {first}. Give the image_size that it was built for, or "
         "example_input= with an input that it takes."
     ) from first
+
+
+def check_other_size(
+    net: nn.Module, read: Callable[[nn.Module, Any], Tensor], probe: Tensor, size: tuple[int, int],
+    width: int,
+) -> None:  # fmt: skip
+    """Raise ValueError unless `read` gives `width` features also of images of `size`."""
+    cause, found = None, ""
+    net = uncompiled(net)
+    with undisturbed(net), torch.no_grad():
+        try:
+            features = read(net, nn.functional.interpolate(probe, size))
+            if features.shape[1] != width:
+                found = f"gives {features.shape[1]} features of them, and {width}"
+        except Exception as error:  # whatever a foreign forward raises
+            cause, found = error, f"fails on them ({type(error).__name__}: {error}), and not"
+    if found:
+        raise ValueError(
+            f"Local views are of {size} pixels: {type(net).__name__} {found} of "
+            f"{tuple(probe.shape[2:])}. Build it for several sizes (timm's ViTs: "
+            "dynamic_img_size=True), or give local_size= that of its images."
+        ) from cause
 
 
 def _input_channels(net: nn.Module, size: tuple[int, int]) -> list[int]:
@@ -184,35 +211,46 @@ def drawing(net: nn.Module, inputs: Any) -> frozenset[str]:
             found.add(running[-1])
         last = now
 
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            look()
-            running.append(name)
+    def before(name: str, *_: Any) -> None:
+        look()
+        running.append(name)
 
-        return hook
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(*_: Any) -> None:
         look()
         running.pop()
 
     # What was compiled runs eagerly; where nothing was, the compiler's import costs seconds.
     compiler = "torch._dynamo" in sys.modules
     eagerly = torch.compiler.set_stance("force_eager") if compiler else nullcontext()
-    handles = []
     try:
-        with undisturbed(net), torch.no_grad(), eagerly:
-            for name, module in net.named_modules():
+        with undisturbed(net), torch.no_grad(), eagerly, _hooked(net, before, after, first=True):
+            for module in net.modules():
                 # Batch norm draws nothing, and a synchronised one would wait for other processes.
                 module.training = not isinstance(module, nn.modules.batchnorm._BatchNorm)
-                handles.append(module.register_forward_pre_hook(before(name), prepend=True))
-                handles.append(module.register_forward_hook(after))
             call(net, fresh(inputs))
     except Exception:  # whatever a foreign forward raises
         return frozenset()
+    return frozenset(found)
+
+
+@contextmanager
+def _hooked(
+    net: nn.Module, before: Callable[..., None], after: Callable[..., None], *, first: bool
+) -> Iterator[None]:
+    """`before` and `after` each module's forward, called with its name, itself and what it takes.
+
+    `first`: before the module's own pre-hooks.
+    """
+    handles = []
+    try:
+        for name, module in net.named_modules():
+            hook = partial(before, name)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first))
+            handles.append(module.register_forward_hook(partial(after, name)))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return frozenset(found)
 
 
 class Trace:
@@ -230,21 +268,13 @@ class Trace:
         self._head_is_last = False
 
     def run(self, inputs: Any) -> None:
-        handles = []
-        for name, module in self.root.named_modules():
-            before, after = self._before(name), self._after(name)
-            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(module.register_forward_hook(after))
-        try:
+        with _hooked(self.root, self._before, self._after, first=False):
             self.output = call(self.root, fresh(inputs))
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def ends_in_head(self, exactly: bool) -> bool:
-        """Whether the network returns (B, classes) as its last head gives them.
+        """Whether the network returns (B, classes), which its last head gives.
 
-        Not `exactly`: or as what comes after the head, without weights, makes of them.
+        With `exactly` the head's own output; else layers without weights may have changed it.
         """
         made, returned = self._head_output, tensors(self.output)
         if not isinstance(made, Tensor) or not returned or returned[0].ndim != 2:
@@ -254,27 +284,21 @@ class Trace:
         same_memory = returned[0].data_ptr() == made.data_ptr()
         return same_memory and returned[0].numel() == made.numel()
 
-    def _before(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.runs[name] = self.runs.get(name, 0) + 1
-            self.inputs[id(module)] = Seen(name, given(args, kwargs), self.channels)
+    def _before(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.runs[name] = self.runs.get(name, 0) + 1
+        self.inputs[id(module)] = Seen(name, given(args, kwargs), self.channels)
 
-        return hook
-
-    def _after(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            is_head = isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or _is_empty(module)
-            if name and is_head:
-                seen, own = self.inputs[id(module)], _channels_in(module)
-                self.head = Seen(name, seen.value, own or seen.channels)
-                self._head_output, self._head_is_last = output, True
-            elif module._parameters and not module._modules:
-                self._head_is_last = False
-            self.channels = _channels_out(module, output) or self.channels
-            if name == self.layer:
-                self.tapped = (copied(output), self.channels)
-
-        return hook
+    def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        is_head = isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or _is_empty(module)
+        if name and is_head:
+            seen, own = self.inputs[id(module)], _channels_in(module)
+            self.head = Seen(name, seen.value, own or seen.channels)
+            self._head_output, self._head_is_last = output, True
+        elif module._parameters and not module._modules:
+            self._head_is_last = False
+        self.channels = _channels_out(module, output) or self.channels
+        if name == self.layer:
+            self.tapped = (copied(output), self.channels)
 
 
 def _is_empty(module: nn.Module) -> bool:

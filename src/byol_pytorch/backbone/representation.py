@@ -20,7 +20,7 @@ Pool = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Source:
+class Place:
     """Where a network's representation is: what of which layer, pooled how.
 
     `take` is "input" or "output" of the layer with the dotted name `layer`, the output of the
@@ -93,28 +93,28 @@ class Hooks(OrderedDict[int, Any]):
 
 
 class Representation:
-    """Reads the representation that `source` describes off `net`, which is called as usual.
+    """Reads the representation that `place` describes off `net`, which is called as usual.
 
     The hooks are removed together with this object, and are in no copy or pickle of the network:
-    of a copied Representation only its source is left, with which its owner makes a new one.
+    of a copied Representation only its place is left, with which its owner makes a new one.
     Calls from several threads wait for each other.
     """
 
-    def __init__(self, net: nn.Module, source: Source) -> None:
-        self.source, self.tap, self.lock = source, Tap(), threading.RLock()
+    def __init__(self, net: nn.Module, place: Place) -> None:
+        self.place, self.tap, self.lock = place, Tap(), threading.RLock()
         root = uncompiled(net)
-        layer = root.get_submodule(source.layer)
+        layer = root.get_submodule(place.layer)
         for module in (root, layer):
             _hide_taps(module)
         self.handles = []
-        if source.take == "input":
+        if place.take == "input":
             hook = layer.register_forward_pre_hook(self.tap.take_input, with_kwargs=True)
             self.handles.append(hook)
             # Any value means True to torch; this one is hidden with the hook.
             layer._forward_pre_hooks_with_kwargs[hook.id] = self.tap.take_input  # type: ignore
-        elif source.take in ("output", "net"):
+        elif place.take in ("output", "net"):
             self.handles.append(layer.register_forward_hook(self.tap.take_output))
-        if source.take != "methods":
+        if place.take != "methods":
             self.handles.append(root.register_forward_hook(self.tap.give))
 
     def __del__(self) -> None:
@@ -122,12 +122,12 @@ class Representation:
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"source": self.source}
+        return {"place": self.place}
 
     def __call__(self, net: nn.Module, inputs: Any) -> Tensor:
         """(B, D) of `inputs`. Raises RuntimeError where the layer did not run exactly once."""
-        if self.source.take == "methods":
-            return self.source.pool(timm_methods(net, inputs))
+        if self.place.take == "methods":
+            return self.place.pool(timm_methods(net, inputs))
         if torch.compiler.is_compiling():
             return self._read(net, inputs)
         with self.lock:
@@ -135,7 +135,7 @@ class Representation:
             return self._read(net, inputs)
 
     def _read(self, net: nn.Module, inputs: Any) -> Tensor:
-        self.tap.pool, self.tap.finish = self.source.pool, self.source.finish
+        self.tap.pool, self.tap.finish = self.place.pool, self.place.finish
         try:
             result: Tensor = call(net, inputs)
             runs = self.tap.runs
@@ -147,18 +147,18 @@ class Representation:
         return result
 
     def _refuse(self, net: nn.Module, runs: int) -> NoReturn:
-        layer = uncompiled(net).get_submodule(self.source.layer)
+        layer = uncompiled(net).get_submodule(self.place.layer)
         hooks = (*layer._forward_hooks.items(), *layer._forward_pre_hooks.items())
         if not any(getattr(hook, "__self__", None) is self.tap for _, hook in hooks):
             raise RuntimeError(
-                f"Layer {self.source.layer!r}, where the representation is taken, was replaced "
+                f"Layer {self.place.layer!r}, where the representation is taken, was replaced "
                 "after BYOL was built, as nn.SyncBatchNorm.convert_sync_batchnorm does: convert "
                 "first, then wrap."
             )
-        raise RuntimeError(runs_message(self.source.layer, runs))
+        raise RuntimeError(runs_message(self.place.layer, runs))
 
 
-def copy_for_target(net: nn.Module, source: Source) -> nn.Module:
+def copy_for_target(net: nn.Module, place: Place) -> nn.Module:
     """A deep copy of `net` without taps, and without the head that its representation skips."""
     root = uncompiled(net)
     # A deepcopy refuses what has a history: weights that torch.nn.utils.weight_norm computes anew
@@ -170,8 +170,8 @@ def copy_for_target(net: nn.Module, source: Source) -> nn.Module:
         for x in tensors(held)
         if not x.is_leaf
     }
-    if source.droppable:
-        memo[id(root.get_submodule(source.layer))] = nn.Identity()
+    if place.droppable:
+        memo[id(root.get_submodule(place.layer))] = nn.Identity()
     try:
         twin = copy.deepcopy(root, memo)
     except Exception as error:
@@ -205,7 +205,7 @@ def timm_methods(net: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_gradient(
-    representation: Tensor, net: nn.Module, source: Source, unreached: Collection[str] = ()
+    representation: Tensor, net: nn.Module, place: Place, unreached: Collection[str] = ()
 ) -> None:
     """Raise RuntimeError where what reaches the representation trains but it has no gradient.
 
@@ -216,7 +216,7 @@ def check_gradient(
     named = uncompiled(net).named_parameters()
     if any(p.requires_grad and name not in unreached for name, p in named):
         raise RuntimeError(
-            f"The representation, taken at layer {source.layer!r}, carries no gradient although "
+            f"The representation, taken at layer {place.layer!r}, carries no gradient although "
             "the network trains: the layer runs under no_grad or inside a reentrant checkpoint. "
             "Use torch.utils.checkpoint with use_reentrant=False, or name a layer outside of it."
         )

@@ -1,6 +1,6 @@
 """Runs a network and puts back what that changed: objects, their contents, the random states.
 
-What is run is up to the probe, and what it shows to locate.py.
+probe.py decides what is run, locate.py what it shows.
 """
 
 import random
@@ -80,7 +80,7 @@ def _random_states(net: nn.Module) -> list[Undo]:
 
 
 def _undo(net: nn.Module) -> list[Undo]:
-    """What puts everything back that `net` reaches, through its hooks last."""
+    """The actions that put back all that `net` reaches; what only its hooks reach comes last."""
     undo: list[Undo] = []
     seen: dict[int, Any] = {}  # alive, so that no other object gets its id
     hooks: list[Any] = []

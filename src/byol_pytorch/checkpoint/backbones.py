@@ -1,6 +1,6 @@
 """Backbones in files: exported with what builds them anew, loaded from our files and others'.
 
-Whose names and layouts the files of others have is in names.py and deepmind.py.
+How other projects name their weights is in names.py and deepmind.py.
 """
 
 import json
@@ -15,15 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from byol_pytorch.checkpoint.card import model_card
 from byol_pytorch.checkpoint.deepmind import pads_same, read_deepmind, same_padding
-from byol_pytorch.checkpoint.files import StrPath, existing, is_safetensors, replacing
-from byol_pytorch.checkpoint.names import Found, exported_names, find_backbone
+from byol_pytorch.checkpoint.files import (
+    WEIGHTS,
+    StrPath,
+    existing,
+    is_safetensors,
+    read_safetensors,
+    replacing,
+)
+from byol_pytorch.checkpoint.hub import card, check_hub, config
+from byol_pytorch.checkpoint.names import Found, find_backbone
 from byol_pytorch.checkpoint.pickles import is_plain_pickle, read_torch
 from byol_pytorch.checkpoint.weights import (
     fitting,
     misfits,
-    read_safetensors,
     timm_args,
     timm_config,
     without_classifier,
@@ -38,8 +44,6 @@ def export_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     image_size: int | tuple[int, int] | None = None,
-    naming: Literal["timm", "torchvision"] | None = None,
-    card: str | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a backbone's state_dict as a safetensors file, whole or not at all.
@@ -58,13 +62,8 @@ def export_backbone(
     that are no tensors are left out. Of several processes rank 0 writes; a sharded network is
     gathered, so call this on all.
 
-    `naming` renames a ViT of timm or torchvision to the other's names (their ResNets have the same
-    names); without it names stay. `card` says how and on what the network was trained: a model card
-    for a hub with it is written as README.md beside the file, its licence left to you.
-
-    Needs safetensors. Raises ValueError for a mean and std that do not go together, model_args that
-    are no JSON, or a network without such names, FileExistsError for a README.md already there,
-    OSError as `save` does.
+    Needs safetensors. Raises ValueError for a mean and std that do not go together and model_args
+    that are no JSON, OSError as `save` does.
     """
     import safetensors.torch
 
@@ -84,9 +83,6 @@ def export_backbone(
             f"mean={mean!r}, std={std!r}; expected one value a channel for both, or neither. Give "
             "the numbers that the training images were normalised with."
         )
-    readme = Path(path).parent / "README.md"
-    if card is not None and readme.exists():
-        raise FileExistsError(f"{readme} exists; expected none. Move it, or export without card=.")
     state = {name: v for name, v in net.state_dict().items() if isinstance(v, Tensor)}
     if unreached:
         state = without_classifier(net, state, unreached)
@@ -104,18 +100,25 @@ def export_backbone(
     except TypeError as error:
         raise ValueError(
             f"model_args={model_args!r}; expected what JSON holds: numbers, strings, lists, None "
-            f"({error}). Leave out classes and functions, and name them in card=."
+            f"({error}). Leave out classes and functions."
         ) from error
-    names = list(state) if naming is None else exported_names(state, naming)
-    tensors = {n: _plain_copy(v) for n, v in zip(names, state.values(), strict=True)}
+    path = Path(path)
+    alone = path.suffix == ".safetensors"
+    if not alone:
+        check_hub(net, notes)
+    tensors = {name: _plain_copy(value) for name, value in state.items()}
     # The ranks' batch statistics may differ, so not just anyone's file may be the last.
     if process()[0] != 0:
         return
-    with replacing(path) as file:
+    with replacing(path if alone else path / WEIGHTS) as file:
         file.write(safetensors.torch.save(tensors, {"format": "pt", **metadata}))
-    if card is not None:
-        with replacing(readme) as file:
-            file.write(model_card(Path(path).name, notes, card).encode())
+    if alone:
+        return
+    with replacing(path / "config.json") as file:
+        file.write(config(net, notes))
+    if not (path / "README.md").exists():
+        with replacing(path / "README.md") as file:
+            file.write(card(notes))
 
 
 def facts(path: StrPath) -> dict[str, Any]:
@@ -136,8 +139,8 @@ class LoadedBackbone:
     loaded: tuple[str, ...]  # of the network
     missing: tuple[str, ...]  # of the network, kept as they were: absent in the file, or misfits
     unexpected: tuple[str, ...]  # of the backbone in the file, not used
-    renamed: tuple[tuple[str, str], ...] = ()  # of the loaded, the file's name and the network's
-    source: str = ""  # whose layout and naming the file has
+    renamed: tuple[tuple[str, str], ...] = ()  # the file's name and the network's, if loaded
+    source: str = ""  # the project whose file and names it has been read as
     padding: Literal["same", "torch"] = "torch"  # how the network's strided layers pad now
     mean: tuple[float, ...] | None = None  # of images in [0, 1], one value a channel
     std: tuple[float, ...] | None = None

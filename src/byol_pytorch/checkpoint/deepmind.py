@@ -106,7 +106,7 @@ def _strided(net: nn.Module) -> Iterator[nn.Conv2d | nn.MaxPool2d]:
 
 
 def _leaves(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """Module, name in it and value of all that the online network has."""
+    """The module, the name in it and the value of each entry of the online network."""
     tree = read_pickle(path)
     state = tree.get("experiment_state", tree) if isinstance(tree, dict) else None
     for part in ("online_params", "online_state"):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ INNER_WRAPPERS = re.compile(
 
 
 @dataclass(frozen=True)
-class Layout:
+class TrainingState:
     """A training state: the prefix of the online backbone, and of a name beside it."""
 
     source: str
@@ -32,17 +32,17 @@ class Layout:
 
 # The first that fits counts. Sources are in tests/layouts. Of solo-learn note that its ResNet for
 # CIFAR pads the stem by 2, which no name tells.
-LAYOUTS = (
-    Layout("byol_pytorch", "net.", "projector."),
-    Layout("lucidrains byol-pytorch", "net.", "online_encoder."),
-    Layout("MMSelfSup or MMPretrain", "backbone.", "target_net."),
-    Layout("lightly", "backbone.", "projection_head."),
-    Layout("solo-learn", "backbone.", "momentum_backbone."),
-    Layout("solo-learn, older", "encoder.", "momentum_encoder."),
-    Layout("MoCo", "encoder_q.", "encoder_k."),
-    Layout("a network with a backbone", "backbone.", "backbone."),
-    Layout("a module with a model", "model.", "model."),
-    Layout("a module with an encoder", "encoder.", "encoder."),
+TRAINING_STATES = (
+    TrainingState("byol_pytorch", "net.", "projector."),
+    TrainingState("lucidrains byol-pytorch", "net.", "online_encoder."),
+    TrainingState("MMSelfSup or MMPretrain", "backbone.", "target_net."),
+    TrainingState("lightly", "backbone.", "projection_head."),
+    TrainingState("solo-learn", "backbone.", "momentum_backbone."),
+    TrainingState("solo-learn, older", "encoder.", "momentum_encoder."),
+    TrainingState("MoCo", "encoder_q.", "encoder_k."),
+    TrainingState("a network with a backbone", "backbone.", "backbone."),
+    TrainingState("a module with a model", "model.", "model."),
+    TrainingState("a module with an encoder", "encoder.", "encoder."),
 )
 
 # Pairs of names for the same weight; {} is the same text in both. The first that fits counts.
@@ -87,16 +87,11 @@ NAMINGS: dict[str, Pairs] = {
         ("7.{}", "layer4.{}"),
     ),
 }
-# The names that ResNets have in torchvision, timm and MMPretrain alike
-RESNET = re.compile(
-    r"(conv1|bn1|fc|layer\d\.\d+\.(conv|bn)[123]|layer\d\.\d+\.downsample\.[01])"
-    r"\.(weight|bias|running_mean|running_var|num_batches_tracked)"
-)
 
 
 @dataclass(frozen=True)
 class Found:
-    """A file's weights under a network's names, with the file's names of them."""
+    """A file's weights under a network's names, and the file's name of each (`origins`)."""
 
     source: str
     weights: dict[str, Tensor]
@@ -104,7 +99,7 @@ class Found:
 
 
 def find_backbone(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Found:
-    """The tensors of a file in the layout and naming in which most fit the network's `own`.
+    """The weights of a file, read in the way in which most of them fit the network's `own`.
 
     Raises ValueError for a state without weights, or with several networks' of unknown keys.
     """
@@ -117,7 +112,7 @@ def find_backbone(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Found:
     def fits(found: Found) -> int:
         return sum(n in own and fitting(own[n], w) for n, w in found.weights.items())
 
-    return max(candidates, key=fits)  # of equals the first
+    return max(candidates, key=fits)  # max keeps the first of ties
 
 
 def _network(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -143,38 +138,17 @@ def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
 
 
-def exported_names(names: Iterable[str], naming: Literal["timm", "torchvision"]) -> list[str]:
-    """A ResNet's or ViT's names in timm's or torchvision's naming, in the order given.
-
-    Raises ValueError where a name has no counterpart.
-    """
-    names = list(names)
-    to_timm = NAMINGS["torchvision ViT"]
-    rules = {"timm": to_timm, "torchvision": _reversed(to_timm)}
-    renamed = [_translated(name, rules.get(naming, ())) for name in names]
-    if all(renamed):
-        return [str(new) for new in renamed]
-    back = _reversed(rules.get(naming, ()))
-    odd = [n for n in names if not (RESNET.fullmatch(n) or _translated(n, back))]
-    if naming not in rules or odd:
-        raise ValueError(
-            f"naming={naming!r}, and a network with {(odd or names)[0]}; expected 'timm' or "
-            "'torchvision', and a ResNet or ViT of theirs. Leave naming out to keep the names."
-        )
-    return names  # which they have already
-
-
 def _candidates(tensors: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where weights may be from, and the file's name of each name."""
+    """Each possible origin of the weights, and from each of its names to the name in the file."""
     as_is = {name: name for name in tensors}
     # n_averaged: the counter of torch.optim.swa_utils.AveragedModel, beside the network
     bare = _unwrapped({INNER_WRAPPERS.sub("", n): n for n in as_is if n != "n_averaged"})
     known = [
-        layout
-        for layout in LAYOUTS
-        if all(any(n.startswith(p) for n in bare) for p in (layout.prefix, layout.beside))
+        kind
+        for kind in TRAINING_STATES
+        if all(any(n.startswith(p) for n in bare) for p in (kind.prefix, kind.beside))
     ]
-    within = [(layout.source, _unwrapped(_below(layout.prefix, bare))) for layout in known[:1]]
+    within = [(kind.source, _unwrapped(_below(kind.prefix, bare))) for kind in known[:1]]
     for source, names in (*within, ("plain names", bare), ("plain names", as_is)):
         yield source, names
         for naming, pairs in NAMINGS.items():

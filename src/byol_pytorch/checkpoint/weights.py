@@ -3,10 +3,8 @@
 How other projects name them is in names.py.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,51 +24,6 @@ BESIDE = re.compile(
 # Counters, masks that follow from the size of the images, tokens for masked images alone
 NO_MATTER = re.compile(r"(.+\.)?(num_batches_tracked|attn_mask|mask_token)")
 STATISTICS = (".running_mean", ".running_var")
-
-
-def _numbers(value: Any, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, list) and all(isinstance(v, kind) for v in value)
-
-
-# What export_backbone writes beside the tensors, and whether a value has its form
-FACTS: dict[str, Callable[[Any], bool]] = {
-    "mean": lambda value: _numbers(value, (int, float)),
-    "std": lambda value: _numbers(value, (int, float)),
-    "image_size": lambda value: _numbers(value, int) and len(value) == 2,
-    "architecture": lambda value: isinstance(value, str),
-    "model_args": lambda value: isinstance(value, dict),
-    "padding": lambda value: value == "same",
-}
-
-
-def read_safetensors(
-    path: Path, *, tensors: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, and what export_backbone wrote beside them; others' notes are passed over.
-
-    Raises ValueError for a file that is no whole safetensors file.
-    """
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            names = file.keys() if tensors else ()
-            weights = {name: file.get_tensor(name) for name in names}
-            metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is damaged, cut short or no safetensors file; "
-            "expected one by export_backbone. Copy it again, or export it again."
-        ) from error
-    facts = {}
-    for name, has_its_form in FACTS.items():
-        try:
-            value = json.loads(metadata.get(name, "null"))
-        except (ValueError, RecursionError):  # no JSON, or thousands of brackets
-            continue
-        if has_its_form(value):
-            facts[name] = tuple(value) if isinstance(value, list) else value
-    return weights, facts
 
 
 def fitting(own: Tensor, found: Tensor) -> bool:

@@ -167,12 +167,12 @@ def _representation(net: nn.Module, images: Any) -> Callable[[Any], Tensor]:
         )
     two = map_tensors(lambda x: x[:2], images)
     try:
-        source = locate(net, for_network(two, dtype), "auto", "auto").source
+        found = locate(net, for_network(two, dtype), "auto", "auto")
     except ValueError as error:
         raise ValueError(
             f"{error} Here that means: pass a callable that gives (B, D) in place of the network."
         ) from error
-    representation = Representation(net, source)
+    representation = Representation(net, found.place)
     return lambda inputs: representation(net, for_network(inputs, dtype))
 
 
