@@ -25,7 +25,7 @@ from parts.backbone import Facts, open_backbone
 from parts.flags import common_flags, set_up
 from parts.labelled import Transform, evaluation_transform
 from parts.machine import Machine
-from parts.processes import fail, tell
+from parts.processes import fail, launch, tell
 from parts.sources import Source, open_data, picture
 from parts.tables import Cell, write_results, write_whole
 from PIL import ImageOps
@@ -72,7 +72,7 @@ class Answer:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     machine = set_up(args, join=False)
-    source = open_data(args.data)[0]
+    source = open_data(args.data, args.max_value)[0]
     queries = query_numbers(args.query or [], source, args.data)
     if not args.query:
         drawn = np.random.default_rng(args.seed).permutation(len(source))
@@ -215,4 +215,4 @@ def draw(path: Path, source: Source, kept: list[int], answer: Answer) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

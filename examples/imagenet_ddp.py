@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,20 +25,20 @@ from parts import openmp  # noqa: F401, before torch
 import timm
 import torch
 import torch.distributed as dist
-from parts.backbone import shrink_stem, timm_model
+from parts.backbone import shrink_stem, timm_model, what_next
 from parts.decoding import Crop
-from parts.flags import flag, with_flags
+from parts.flags import flag, json_object, with_flags
 from parts.journal import Journal
 from parts.order import seed_of
 from parts.processes import (
     asked_to_stop,
     fail,
     join_processes,
+    launch,
     leave_after,
     leave_processes,
     parallel,
     rank,
-    start,
     synchronised,
     world_size,
 )
@@ -166,6 +167,7 @@ class Plan:
     amp: str
     identity: dict[str, Any]  # what a resumed run must have in common
     watching: Watching
+    data: Path
     output: Path
     seed: int
     init_from: str | None
@@ -231,7 +233,7 @@ def pretrain(plan: Plan, source: Source, test: Source | None) -> list[int]:
         watch = Watch(plan, run, journal, source, test)
         finished = train(run, Views(plan, source, learner.normalisation), watch, plan, stop)
         if finished:
-            export(learner, journal, plan.output / "backbone.safetensors")
+            export(learner, journal, plan, source)
         journal.close()
     return [] if finished else stop
 
@@ -343,16 +345,6 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     return recipe, args
 
 
-def json_object(flag: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        fail(f"{flag} {text} is no JSON object, such as '{{\"name\": 0.1}}'.")
-    return value
-
-
 def check(recipe: Recipe, args: argparse.Namespace) -> None:
     """Refuse what cannot work, as far as it shows without data and devices."""
     for name, allowed in (("optimizer", ("lars", "adamw", "sgd")), ("views", tuple(PRESETS))):
@@ -439,7 +431,16 @@ def make_plan(
     }
     identity |= {"images": len(source), "names of the images": source.fingerprint()}
     del identity["accumulate"]  # with other devices another one may be needed
-    as_given = ("output", "seed", "init_from", "decode_size", "workers", "save_every", "stop_at")
+    as_given = (
+        "data",
+        "output",
+        "seed",
+        "init_from",
+        "decode_size",
+        "workers",
+        "save_every",
+        "stop_at",
+    )
     as_given += ("fsdp", "compile", "channels_last", "sync_bn")
     return Plan(
         recipe, device, rank, world, recipe.batch_size // parts, epoch_steps, steps,
@@ -506,8 +507,7 @@ def frozen(net: nn.Module, name: str) -> nn.Module:
 
 
 def make_net(recipe: Recipe, pretrained: bool) -> nn.Module:
-    options = {"pretrained": pretrained, **recipe.model_args}
-    net = timm_model(recipe.model, recipe.image_size, options)
+    net, _ = timm_model(recipe.model, recipe.image_size, recipe.model_args, pretrained)
     if recipe.small_stem:
         shrink_stem(net)
     return checkpoint.same_padding(net) if recipe.same_padding else net
@@ -571,13 +571,23 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def export(learner: BYOL, journal: Journal, path: Path) -> None:
+def export(learner: BYOL, journal: Journal, plan: Plan, source: Source) -> None:
+    """Write the backbone, with what builds it, and say what can be done with it."""
+    recipe, path = plan.recipe, plan.output / "backbone.safetensors"
+    _, built_with = timm_model(recipe.model, recipe.image_size, recipe.model_args)
     try:
-        checkpoint.export_backbone(learner, path)
+        # A stem that timm has not cannot be built by arguments.
+        args = None if recipe.small_stem else built_with
+        checkpoint.export_backbone(learner, path, model_args=args)
     except OSError as error:
         fail(f"{path} cannot be written: {error}. Start again to write it from last.pt.")
     journal.note(journal.step, f"done, the backbone is in {path}")
+    flags = " --small-stem" if recipe.small_stem else ""
+    if source.max_value is not None:
+        flags += f" --max-value {source.max_value:g}"
+    labelled = bool((source.labels >= 0).any())
+    journal.tell(what_next(path, shlex.quote(str(plan.data)), labelled, flags))
 
 
 if __name__ == "__main__":
-    start(main)
+    launch(main)

@@ -10,6 +10,7 @@ table and the picture label_efficiency.png in OUTPUT; fine-tuning goes on where 
 
 import argparse
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from parts import openmp  # noqa: F401, before torch
 import finetune_classification
 import torch
 from matplotlib.figure import Figure
-from parts.backbone import open_backbone
+from parts.backbone import fill_in_model, open_backbone
 from parts.flags import common_flags, set_up
 from parts.labelled import balanced, evaluation_images, open_images
-from parts.processes import fail, tell
+from parts.processes import fail, launch, tell
 from parts.tables import Cell, write_results
 from torch import Tensor
 
+from byol_pytorch import checkpoint
 from byol_pytorch.checkpoint import replacing
 from byol_pytorch.evaluation.knn import knn_accuracy
 from byol_pytorch.evaluation.linear import linear_probe
@@ -42,14 +44,16 @@ Figures = dict[tuple[str, str, float], float]  # by start, measure and percent o
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    one_model_and_size(args)
     machine = set_up(args, join=False)
-    train, test = open_images(args.data)
+    train, test = open_images(args.data, args.max_value)
     source, numbers = train
     parts = {p: balanced(source.labels[numbers], p, args.seed) for p in args.labels}
     figures: Figures = {}
     for start in args.starts:
         frozen = argparse.Namespace(**{**vars(args), "checkpoint": weights(start)})
         net, facts = open_backbone(frozen)
+        args.image_size = facts.image_size
         (bank, labels), (queries, truth) = (
             machine.features(net, evaluation_images(part, facts)) for part in (train, test)
         )
@@ -95,6 +99,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def one_model_and_size(args: argparse.Namespace) -> None:
+    """The model and the image size of the files among the starts, for all of them: what is shown
+    larger would look better than it is."""
+    files = [start for start in args.starts if start not in ("random", "timm")]
+    fill_in_model(args, files[0] if files else None)
+    sizes: list[int] = []
+    for file in files:
+        with suppress(ValueError):  # open_backbone names it
+            sizes += checkpoint.facts(file).get("image_size", ())
+    args.image_size = args.image_size or max(sizes, default=None)
+
+
 def weights(start: str) -> str | None:
     return None if start == "random" else start
 
@@ -120,7 +136,7 @@ def fine_tuned(start: str, percent: float, args: argparse.Namespace) -> float:
     )
     output = args.output / f"{name}-{percent:g}"
     shared = ("data", "model", "image_size", "batch_size", "workers", "device", "seed", "dtype",
-              "padding")  # fmt: skip
+              "padding", "max_value")  # fmt: skip
     given = {name.replace("_", "-"): getattr(args, name) for name in shared}
     given |= {"model-args": json.dumps(args.model_args), "labels": percent, "output": output}
     given["checkpoint"] = weights(start)
@@ -139,7 +155,7 @@ def report(figures: Figures, images: dict[float, int], args: argparse.Namespace)
         for start in args.starts
     ]
     content: dict[str, Any] = {"images": {f"{p:g}": n for p, n in images.items()}}
-    title = f"Accuracy by labels, {args.model}, {args.data.name}"
+    title = f"Accuracy by labels, {args.model}, {args.image_size} px, {args.data.name}"
     write_results(args, title, columns, rows, None, content)
     figure = Figure((4 * len(MEASURES), 3.4), layout="constrained")
     axes = figure.subplots(1, len(MEASURES), sharey=True)
@@ -157,4 +173,4 @@ def report(figures: Figures, images: dict[float, int], args: argparse.Namespace)
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
-    main()
+    launch(main)

@@ -1,7 +1,10 @@
 """examples/imagenet_ddp.py: its recipes and flags, what it starts from and shows, and refusals."""
 
 import json
+import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,6 +167,26 @@ def test_images_kept_on_the_device_train_as_those_that_workers_read(
     monkeypatch.setattr(batches, "RESIDENT", 24 * 3 * 32 * 32 - 1)
     run_here(read, "--data", npz, *TINY)
     assert_same(kept, read)
+
+
+def test_the_printed_commands_take_the_backbone_that_the_run_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_folder(tmp_path / "my images")
+    run_here(tmp_path / "run", "--data", data, *TINY, "--steps", 1)
+    printed = [
+        shlex.split(line, comments=True)
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("    python ")
+    ]
+    assert [Path(words[1]).name for words in printed] == [
+        "embed.py", "evaluate_knn.py", "evaluate_linear.py", "finetune_classification.py"
+    ]  # fmt: skip
+    for words in printed[:2]:
+        command = [sys.executable, *words[1:], "--workers", "0", "--output", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "--model resnet10t, as " in done.stdout
 
 
 def test_a_run_in_slices_of_time_equals_a_whole_one(npz: Path, tmp_path: Path) -> None:

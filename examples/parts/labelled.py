@@ -39,7 +39,7 @@ HELD_OUT = 5  # of every so many images of a class one is tested on, where there
 Chosen = tuple[Source, np.ndarray]  # a source and the numbers of its images
 
 
-def open_images(folder: Path) -> tuple[Chosen, Chosen]:
+def open_images(folder: Path, max_value: float | None = None) -> tuple[Chosen, Chosen]:
     """Training and test images with labels: what open_labelled reads, and Places205, Places365,
     iNaturalist 2018 to 2021 and lists of "path label" in the layouts of LISTS."""
     for train, test, roots in LISTS:
@@ -52,7 +52,7 @@ def open_images(folder: Path) -> tuple[Chosen, Chosen]:
     years = folder / "2021_train", folder / "2021_valid"  # torchvision.datasets.INaturalist
     if all(year.is_dir() for year in years):
         return with_classes(folder, [read_folders(year) for year in years])
-    return with_classes(folder, list(open_labelled(folder)))
+    return with_classes(folder, list(open_labelled(folder, max_value)))
 
 
 def with_classes(folder: Path, parts: list[Chosen]) -> tuple[Chosen, Chosen]:
@@ -94,13 +94,13 @@ def numbered(names: list[str], labels: list[int], root: Path) -> Chosen:
     return Files(np.array(labels, np.int64), root, encoded), np.arange(len(names))
 
 
-def open_labelled(folder: Path) -> tuple[Chosen, Chosen]:
+def open_labelled(folder: Path, max_value: float | None) -> tuple[Chosen, Chosen]:
     """Training and test images: each a source and the numbers of its images.
 
     What open_data reads, with labels. Without a test set every fifth image of a class is tested
     on, and left out of training.
     """
-    train, test = open_data(folder)
+    train, test = open_data(folder, max_value)
     some = test is not None and (train.labels >= 0).any()  # as STL-10: training leaves others out
     for source in [source for source in (None if some else train, test) if source]:
         without = np.flatnonzero(source.labels < 0)

@@ -131,7 +131,7 @@ def leave_after(came: list[int]) -> None:
         raise SystemExit(INTERRUPTED)
 
 
-def start(main: Callable[[], None]) -> None:
+def launch(main: Callable[[], None]) -> None:
     """Call a program; Ctrl-C where it does not save by itself ends it with one sentence."""
     try:
         main()
