@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -123,6 +123,17 @@ def asked_to_stop() -> list[int]:
     for number in STOPPING:
         signal.signal(number, take)
     return came
+
+
+@contextmanager
+def until_asked_to_stop() -> Iterator[list[int]]:
+    """The signals that come within; afterwards they do what they did before."""
+    before = [signal.getsignal(number) for number in STOPPING]
+    try:
+        yield asked_to_stop()
+    finally:
+        for number, handler in zip(STOPPING, before, strict=True):
+            signal.signal(number, handler)
 
 
 def leave_after(came: list[int]) -> None:
