@@ -25,6 +25,7 @@ from parts import openmp  # noqa: F401, before torch
 import timm
 import torch
 import torch.distributed as dist
+from parts.amount import by_amount
 from parts.backbone import shrink_stem, timm_model, what_next
 from parts.decoding import Crop
 from parts.flags import flag, json_object, with_flags
@@ -139,6 +140,9 @@ RECIPES = {
         epochs=300, base_lr=1.5e-4, weight_decay=0.1, base_decay=0.99, warmup_epochs=40,
         optimizer="adamw", model="vit_base_patch16_224", freeze="patch_embed",
     ),
+    # DeepMind's settings for 100 epochs at lightly's batch of 256 (its ImageNet benchmark); epochs,
+    # batch and decay then follow the number of images.
+    "own": replace(PAPER_100, batch_size=256),
     # lightly's CIFAR-10 benchmark (docs.lightly.ai, benchmarks): lr 0.06 at 128 images; its loss is
     # a quarter of this one. It decays biases and norms too, this does not.
     "small": Recipe(
@@ -206,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         source, test = hold_out(source, args.held_out)
         if not (test.labels >= 0).any():
             fail(f"--held-out {args.held_out}: they have no labels to ask for, so leave it out.")
+    if args.recipe == "own":
+        recipe = for_own_images(recipe, args, len(source))
     plan = make_plan(recipe, args, source, device, rank(), world_size())
     came = [] if args.dry_run else pretrain(plan, source, test)
     leave_processes()
@@ -234,6 +240,7 @@ def pretrain(plan: Plan, source: Source, test: Source | None) -> list[int]:
         finished = train(run, Views(plan, source, learner.normalisation), watch, plan, stop)
         if finished:
             export(learner, journal, plan, source)
+            watch.show_neighbours()
         journal.close()
     return [] if finished else stop
 
@@ -343,6 +350,14 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     recipe = with_flags(RECIPES[args.recipe], args)
     check(recipe, args)
     return recipe, args
+
+
+def for_own_images(recipe: Recipe, args: argparse.Namespace, images: int) -> Recipe:
+    """--recipe own for so many images: what is not given as a flag follows from their number."""
+    settings = by_amount(images)
+    if args.init_from:  # a tenth leaves trained weights near where they are
+        settings["base_lr"] = recipe.base_lr / 10
+    return with_flags(replace(recipe, **settings), args)
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -509,7 +524,10 @@ def frozen(net: nn.Module, name: str) -> nn.Module:
 def make_net(recipe: Recipe, pretrained: bool) -> nn.Module:
     net, _ = timm_model(recipe.model, recipe.image_size, recipe.model_args, pretrained)
     if recipe.small_stem:
-        shrink_stem(net)
+        try:
+            shrink_stem(net)
+        except ValueError as error:
+            raise ValueError(f"{error}; --no-small-stem where the recipe has it") from None
     return checkpoint.same_padding(net) if recipe.same_padding else net
 
 

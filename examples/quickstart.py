@@ -24,6 +24,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from parts import report
+from parts.amount import base_decay
 from parts.backbone import timm_model, what_next
 from parts.flags import json_object
 from parts.photographs import Pictures, photograph_windows, read_folder
@@ -343,12 +344,6 @@ def show(bar: tqdm, history: History) -> None:
     bar.set_postfix_str(f"loss={loss:.3f}, {history.shown}")
     if not math.isfinite(loss):
         fail(f"the loss is {loss} after {len(history.losses)} steps: nothing is saved.")
-
-
-def base_decay(steps: int) -> float:
-    """The paper's 0.996 (section 3.2) is for 300,000 updates, DeepMind's 0.99 for 30,000: in fewer
-    the target must follow faster."""
-    return 0.97 if steps < 3_000 else 0.99 if steps < 100_000 else 0.996
 
 
 def lr_factor(step: int, steps: int) -> float:

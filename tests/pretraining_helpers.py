@@ -25,7 +25,7 @@ EXAMPLES = str(Path(__file__).parents[1] / "examples")
 sys.path.insert(0, EXAMPLES)
 
 import imagenet_ddp  # noqa: E402
-from parts import batches, decoding, journal, order, resume, sources, watch  # noqa: E402, F401
+from parts import amount, batches, decoding, journal, order, resume, sources, watch  # noqa: E402, F401
 from parts import views as parts_views  # noqa: E402, F401
 
 CONTEXT = mp.get_context("forkserver")

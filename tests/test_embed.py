@@ -84,6 +84,24 @@ def test_copies_are_listed_as_duplicates(folder: Path, tmp_path: Path) -> None:
     assert [sorted(row[:2]) for row in rows] == [["3.png", "copy.png"]]
 
 
+def test_many_pairs_are_cut_and_a_cosine_that_fits_is_named(folder: Path, tmp_path: Path) -> None:
+    for i in range(25):
+        (folder / f"again{i}.png").write_bytes((folder / "3.png").read_bytes())
+    out = tmp_path / "out"
+    done = run("embed.py", "--data", folder, *SMALL, "--output", out, "--duplicates", 0.5)
+    assert done.returncode == 0, done.stderr
+    assert "one image in 100 has another at a cosine of 1.0000 or more" in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["rows"]) == 200 and "the first 200" in results["title"]
+
+
+def test_no_picture_is_promised_where_no_pair_is_alike(folder: Path, tmp_path: Path) -> None:
+    (folder / "copy.png").unlink()
+    done = run("embed.py", "--data", folder, *SMALL, "--output", tmp_path, "--duplicates", 1)
+    assert done.returncode == 0, done.stderr
+    assert "10 embeddings of 8 values are in" in done.stdout and "the picture" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
