@@ -298,6 +298,8 @@ def test_what_does_not_fit_is_refused_in_one_sentence() -> None:
     learner, (large, small) = wrap(), views()
     with pytest.raises(ValueError, match="0 local views came; this learner was built for"):
         learner(*large)
+    with pytest.raises(ValueError, match="8 local views came"):
+        learner(*large, local_views=small[0])  # a tensor in place of a list
     with pytest.raises(ValueError, match="1 local views came"):
         learner(*large, local_views=small[:1])
     with pytest.raises(ValueError, match="without a second ready view"):

@@ -272,6 +272,10 @@ CASES: list[Case] = [
     ("per_image: sizes", lambda f: per_image(two_sizes)(X)),
     ("local views: number", built(local_views=-1)),
     ("local views: without a number", built(local_size=8)),
+    (
+        "local views: a size without one of images",
+        built(image_size=None, example_input=X, local_views=1, local_size=8),
+    ),
     ("local views: no callable", built(local_views=1, local_augment_fn="crop")),
     (
         "local views: normalised otherwise",

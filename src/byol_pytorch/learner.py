@@ -176,8 +176,8 @@ class BYOL(nn.Module):
         dim, hidden = found.probe.shape[1], projection_hidden_size
         self.local_views, self.local_augment_fn = int(local_views), local_augment_fn
         if local_views:
-            small = pictures and local_sides(pictures, local_size)
-            if small:
+            small = local_sides(pictures, local_size)
+            if small is not None:
                 check_other_size(net, self._representation, inputs, small, dim)
             self._local_layout = replace(self._layout, size=small)
             self.local_augment_fn = local_view(local_augment_fn, self.augment_fn, small, channels)
@@ -213,7 +213,7 @@ class BYOL(nn.Module):
         return_projection: bool = True,
         *,
         return_embedding: bool = False,
-        local_views: Sequence[Any] = (),
+        local_views: Sequence[Any] | None = None,
     ) -> Any:
         """The loss, or with `return_embedding` what the online network makes of the images.
 
@@ -244,11 +244,12 @@ class BYOL(nn.Module):
                 return embedding
             check_batch(embedding, (self.projector,))
             return self.projector(embedding), embedding
-        if view_two is None and not local_views:
+        local = () if local_views is None else tuple(local_views)
+        if view_two is None and not local:
             views = self.views(images)
             self._layout.check_made(views, images)
         else:
-            views = (images, view_two, *local_views)
+            views = (images, view_two, *local)
             self._check_ready(views)
         check_batch(views[0], (self.projector, self.predictor))
         return self._loss(*views)

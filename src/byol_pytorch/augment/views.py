@@ -294,11 +294,19 @@ def local_view(
     return local_augment_fn
 
 
-def local_sides(size: tuple[int, int], given: Any) -> tuple[int, int]:
+def local_sides(size: tuple[int, int] | None, given: Any) -> tuple[int, int] | None:
     """(height, width) of local views: those given, else 3/7 of `size` as MULAN's 96 of 224.
 
-    To the nearest multiple of 16, the usual patch. Raises ValueError for an invalid size.
+    To the nearest multiple of 16, the usual patch. None where no size of images is known. Raises
+    ValueError for an invalid size, and for one given where the images have none.
     """
+    if size is None:
+        if given is not None:
+            raise ValueError(
+                f"local_size={given!r} came where the images have no size; expected image_size= "
+                "as well, for (B, C, H, W) images. Leave it out: local views then may have any."
+            )
+        return None
     if given is not None:
         return sides(given, "local_size")
     height, width = (max(16, 16 * round(side * 3 / 7 / 16)) for side in size)
