@@ -33,7 +33,7 @@ from parts.labelled import (
     training_loader,
 )
 from parts.machine import Machine
-from parts.processes import fail, leave_processes, rank, tell, world_size
+from parts.processes import fail, launch, leave_processes, rank, tell, world_size
 from parts.resume import LastState, identity, the_only_run
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ FLAG = {name: name for name in HELP} | {"batch_size": "total_batch"}
 def main(argv: list[str] | None = None) -> None:
     args, protocol, machine = parse(argv)
     evaluation = EVALUATIONS[args.protocol]
-    train, test = open_images(args.data)
+    train, test = open_images(args.data, args.max_value)
     net, facts = open_backbone(args)
     stages = stages_of(net, args.stages, args.protocol, args.model) if evaluation.stages else None
     view, look = views(args.views or evaluation.views, facts, whole=train[0].size is not None)
@@ -420,4 +420,4 @@ def report(probe: Probe, evaluation: Evaluation, facts: Facts, args: argparse.Na
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

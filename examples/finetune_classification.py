@@ -36,6 +36,7 @@ from parts.machine import Machine
 from parts.order import seed_of
 from parts.processes import (
     fail,
+    launch,
     leave_processes,
     parallel,
     rank,
@@ -91,7 +92,7 @@ PUBLISHED = {1: (53.2, 78.4), 10: (68.8, 89.0), 100: (77.7, 93.9)}
 
 def main(argv: list[str] | None = None) -> None:
     args, recipe, machine = parse(argv)
-    (source, numbers), test = open_images(args.data)
+    (source, numbers), test = open_images(args.data, args.max_value)
     classes = int(source.labels[numbers].max()) + 1
     if args.label_list:
         numbers = listed((source, numbers), args.label_list)
@@ -284,4 +285,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -38,7 +38,7 @@ from parts.boxes import (
 from parts.finetuning import Figures, check_shares, fine_tune, one_by_one, save_rows
 from parts.flags import check_at_least, flag, parse_protocol, protocol_parser, set_up
 from parts.machine import Machine
-from parts.processes import fail, leave_processes, rank, tell, world_size
+from parts.processes import fail, launch, leave_processes, rank, tell, world_size
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -336,4 +336,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from parts.amount import by_amount
 from parts.backbone import shrink_stem, timm_model, what_next
 from parts.decoding import Crop
-from parts.flags import flag, json_object, with_flags
+from parts.flags import MAX_VALUE_HELP, WithDefaults, flag, json_object, with_flags
 from parts.journal import Journal
 from parts.order import seed_of
 from parts.processes import (
@@ -304,6 +304,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     parser = argparse.ArgumentParser(
         description="Pre-train a timm backbone with BYOL. The same command goes on where an "
         "earlier one was stopped.",
+        formatter_class=WithDefaults,
     )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--data", type=Path, required=True, help="image folder, CIFAR, STL-10, .npz or tar shards")
@@ -319,27 +320,32 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     add("--lr", type=float, help="peak learning rate itself, instead of --base-lr")
     add("--steps", type=int, help="optimizer steps, instead of --epochs; warm-up keeps its share")
     add("--scale-decay", action="store_true", help="--base-decay for the recipe's batch, to yours")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, order, crops and views")
     add("--held-out", type=int, help="images of --data to test on instead of its own test images")
     add("--max-minutes", type=float, help="then save and stop, between two steps; go on as always")
     add("--decode-size", type=int, help="fast mode: crops on the device from squares of this side")
     add("--init-from", help="a file of weights, or 'timm' for timm's own")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=int, default=min(12, os.cpu_count() or 1), help="a process")
-    add("--amp", choices=["auto", "none", "bf16", "fp16"], default="auto")
-    add("--compile", action="store_true")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's name")
+    add(
+        "--workers",
+        type=int,
+        default=min(12, os.cpu_count() or 1),
+        help="that decode, for each process",
+    )
+    add("--amp", choices=["auto", "none", "bf16", "fp16"], default="auto",
+        help="precision of the passes; auto is bf16 on CUDA, none elsewhere")  # fmt: skip
+    add("--compile", action="store_true", help="the learner and its views, by torch.compile")
     add("--fsdp", action="store_true", help="shard weights and optimizer over the processes")
-    add("--channels-last", action=switch, default=True)
+    add("--channels-last", action=switch, default=True, help="memory format of weights and views")
     add("--sync-bn", action=switch, default=True, help="the backbone's, over all processes")
-    add("--save-every", type=int, default=500, help="steps")
-    add("--log-every", type=int, default=10, help="steps")
+    add("--save-every", type=int, default=500, help="steps between states in last.pt")
+    add("--log-every", type=int, default=10, help="steps between lines of figures")
     add("--health-every", type=int, default=500, help="steps between looks for collapse")
     add("--knn-every", type=int, default=10, help="epochs between kNN accuracies, 0 for none")
     add("--knn-images", type=int, default=20_000, help="at most so many, a fifth of them asked")
     add("--knn-neighbours", type=int, default=20, help="that vote, or all where there are fewer")
     add("--knn-temperature", type=float, default=0.07, help="a vote counts exp(cosine / it)")
-    add("--max-value", type=float, help="white in images of more than 8 bits, such as 4095 "
-        "(default: the largest that a file's 16 bits can hold)")  # fmt: skip
+    add("--max-value", type=float, help=MAX_VALUE_HELP)
     add("--max-bad", type=float, default=0.01, help="part of the images that may be unreadable")
     add("--max-skipped", type=int, default=20, help="non-finite steps in a row before stopping")
     add("--dry-run", action="store_true", help="print what would run")

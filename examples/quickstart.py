@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from parts import report
 from parts.amount import base_decay
 from parts.backbone import timm_model, what_next
-from parts.flags import json_object
+from parts.flags import MAX_VALUE_HELP, WithDefaults, json_object
 from parts.photographs import Pictures, photograph_windows, read_folder
 from parts.processes import fail, launch, leave_after, until_asked_to_stop
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ def parse_arguments() -> argparse.Namespace:
         "cut from 20 photographs that scikit-image and scikit-learn ship (no download), on CUDA, "
         "MPS or the CPU, whichever is there. Leaves a picture (report.png) and the trained "
         "backbone (backbone.safetensors, for timm).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=WithDefaults,
     )
     add = parser.add_argument
     add(
@@ -170,12 +170,7 @@ def parse_arguments() -> argparse.Namespace:
         help="JSON, what differs from the paper's views: arguments of augment.byol_views, such as "
         "'{\"hue\": 0}' for stained cells",
     )
-    add(
-        "--max-value",
-        type=float,
-        help="white in images of more than 8 bits, such as 4095; the largest that a file's 16 bits "
-        "can hold",
-    )
+    add("--max-value", type=float, help=MAX_VALUE_HELP)
     add("--image-size", type=positive_int, help="pixels; 32, and with --data 64")
     add("--batch-size", type=positive_int, default=RECIPE.batch_size, help="images a step")
     add("--steps", type=positive_int, default=RECIPE.steps, help="optimizer steps")

@@ -250,6 +250,19 @@ def test_the_settings_by_amount_are_those_of_the_documented_table(
     assert f"| {images:,} | {batch} | {epochs} | " in table
 
 
+def test_the_help_says_every_flag_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        imagenet_ddp.parse_arguments(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for flag, text in (
+        ("--save-every SAVE_EVERY", "steps between states in last.pt (default: 500)"),
+        ("--seed SEED", "(default: 0)"),
+        ("--amp {auto,none,bf16,fp16}", "none elsewhere (default: auto)"),
+    ):
+        assert text in said[said.index(f" {flag} ", said.index("options:")) :][:200]
+    assert "default: None" not in said
+
+
 def test_a_run_in_slices_of_time_equals_a_whole_one(npz: Path, tmp_path: Path) -> None:
     whole, sliced = tmp_path / "whole", tmp_path / "sliced"
     command = ("--data", npz, *TINY, "--steps", 3)
@@ -556,7 +569,7 @@ def test_images_are_normalised_as_those_of_the_starting_weights_were_also_after_
     assert_same(tmp_path / "stopped", tmp_path / "whole")
     facts = metadata(tmp_path / "stopped" / "backbone.safetensors")
     assert (json.loads(facts["mean"]), json.loads(facts["std"])) == (mean, std)
-    for view in seen[-1].pair:
+    for view in seen[-1].pipelines:
         assert [list(values) for values in view.statistics(3)] == [mean, std]
 
 

@@ -216,6 +216,16 @@ def test_a_changed_recipe_is_refused_with_the_difference(whole: Path, folder: Pa
     assert (whole / "last.pt").read_bytes() == before
 
 
+def test_a_flag_that_the_state_does_not_know_and_nobody_gave_is_no_difference(
+    tmp_path: Path,
+) -> None:
+    torch.save({"identity": {"lr": "1"}, "step": 3}, tmp_path / "last.pt")
+    state = resume.read_state(tmp_path / "last.pt", {"lr": "1", "max_value": "None"})
+    assert state is not None and state["step"] == 3
+    with pytest.raises(SystemExit, match="max-value: None there, 9 now"):
+        resume.read_state(tmp_path / "last.pt", {"lr": "1", "max_value": "9"})
+
+
 def test_other_images_are_refused(whole: Path, tmp_path: Path) -> None:
     write_folder(tmp_path / "data", count=25)
     with pytest.raises(SystemExit, match="images: 24 there, 25 now"):
