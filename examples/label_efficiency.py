@@ -10,6 +10,7 @@ table and the picture label_efficiency.png in OUTPUT; fine-tuning goes on where 
 
 import argparse
 import json
+import math
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from parts.backbone import fill_in_model, open_backbone
 from parts.flags import common_flags, set_up
 from parts.labelled import balanced, evaluation_images, open_images
 from parts.processes import fail, launch, tell
-from parts.tables import Cell, write_results
+from parts.tables import Cell, drawn, write_results
 from torch import Tensor
 
 from byol_pytorch import checkpoint
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
             figures[start, "fine-tuned", percent] = fine_tuned(start, percent, args)
             tell("  ".join(f"{m} {figures[start, m, percent]:.2f} %" for m in MEASURES)
                  + f"  ({start}, {percent:g} % of the labels, {len(kept)} images)")  # fmt: skip
-    report(figures, {percent: len(kept) for percent, kept in parts.items()}, args)
+    chance = 100 * truth.bincount().max().item() / len(truth)
+    report(figures, {p: len(kept) for p, kept in parts.items()}, len(truth), chance, args)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -147,7 +149,11 @@ def fine_tuned(start: str, percent: float, args: argparse.Namespace) -> float:
     return 100 * float(history[-1]["top1"])
 
 
-def report(figures: Figures, images: dict[float, int], args: argparse.Namespace) -> None:
+def report(
+    figures: Figures, images: dict[float, int], tested: int, chance: float, args: argparse.Namespace
+) -> None:
+    """The table and the picture; `tested` images were asked, of which `chance` percent would be
+    right by naming the commonest class."""
     columns = ["top-1, %", "start", *(f"{p:g} % ({n} images)" for p, n in images.items())]
     rows: list[list[Cell]] = [
         [measure, Path(start).name, *(figures[start, measure, percent] for percent in images)]
@@ -155,14 +161,19 @@ def report(figures: Figures, images: dict[float, int], args: argparse.Namespace)
         for start in args.starts
     ]
     content: dict[str, Any] = {"images": {f"{p:g}": n for p, n in images.items()}}
+    content |= {"test images": tested, "chance": chance}
     title = f"Accuracy by labels, {args.model}, {args.image_size} px, {args.data.name}"
     write_results(args, title, columns, rows, None, content)
     figure = Figure((4 * len(MEASURES), 3.4), layout="constrained")
+    figure.suptitle(f"{title}, {tested} test images; bars: one standard error", fontsize=9)
     axes = figure.subplots(1, len(MEASURES), sharey=True)
     for ax, measure in zip(axes, MEASURES, strict=True):
         for start in args.starts:
             values = [figures[start, measure, percent] for percent in images]
-            ax.plot(list(images.values()), values, marker="o", label=Path(start).name)
+            errors = [math.sqrt(v * (100 - v) / tested) for v in values]
+            label = drawn(Path(start).name)
+            ax.errorbar(list(images.values()), values, errors, marker="o", capsize=3, label=label)
+        ax.axhline(chance, color="0.5", linestyle=":", label="chance")
         ax.set(title=measure, xlabel="labelled images", xscale="log")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 accuracy, %")

@@ -180,6 +180,7 @@ def test_the_label_curve_has_every_start_and_part(tmp_path: Path) -> None:
     assert list(table) == [(m, s) for m in ("kNN", "linear", "fine-tuned")
                            for s in ("mine.pt", "random")]  # fmt: skip
     assert all(0 <= value <= 100 for row in table.values() for value in row)
+    assert (results["test images"], results["chance"]) == (8, 50)
     # The colours tell the classes apart, also through random weights.
     assert table["kNN", "mine.pt"][1] == table["linear", "random"][1] == 100
     assert Image.open(out / "label_efficiency.png").size[0] > 300
