@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-SHOWN_IMAGES, SHOWN_SIDE = 8, 128  # of views.png: images, and pixels of one at least about
+SHOWN_IMAGES, SHOWN_SIDE = 8, 128  # in views.png: images, and about the least side of one
 SHOWN_FIGURES = ("loss", "lr", "data_ms", "views_ms", "step_ms")
 
 
