@@ -5,7 +5,11 @@
 
 --protocol paper and mmselfsup train one head on the pooled feature, of any backbone; multi-head,
 places205 and inaturalist one on each of a ResNet's five stages. Every epoch has new crops, unless
---cached takes the features once. Several --base-lrs cost little more than one.
+--cached takes the features once. Several --base-lrs cost little more than one. --test-only FILE
+trains nothing: it scores a head that is there, such as a linear checkpoint of MMSelfSup's:
+
+    python examples/evaluate_linear.py --data IMAGENET --protocol mmselfsup \\
+        --test-only resnet50_linear-8xb512-coslr-90e_in1k_20220825-7596c6f5.pth
 """
 
 import argparse
@@ -20,29 +24,28 @@ from parts import openmp  # noqa: F401, before torch
 import numpy as np
 import torch
 from parts.backbone import Facts, open_backbone
-from parts.decoding import CENTRE
 from parts.flags import common_flags, set_up
 from parts.journal import Journal
 from parts.labelled import (
     Labelled,
     Transform,
     Watched,
-    as_tensor,
     balanced,
     open_images,
+    open_tests,
     training_loader,
 )
+from parts.linear_views import VIEWS, views
 from parts.machine import Machine
 from parts.processes import fail, launch, leave_processes, rank, tell, world_size
+from parts.published import IMAGENET, INATURALIST2018, DataSet
+from parts.published import PLACES205 as PLACES205_DATA
 from parts.resume import LastState, identity, the_only_run
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
-from byol_pytorch.evaluation.features import (
-    FeatureReader,
-    resnet_stages,
-)
+from byol_pytorch.checkpoint.pickles import read_torch
+from byol_pytorch.evaluation.features import FeatureReader, resnet_stages
 from byol_pytorch.evaluation.linear import LinearHeads, Probe, accuracy, linear_probe, train_epoch
 from byol_pytorch.evaluation.protocols import (
     INATURALIST,
@@ -54,8 +57,9 @@ from byol_pytorch.evaluation.protocols import (
     Protocol,
 )
 
-MMSELFSUP = "MMSelfSup, configs/benchmarks/classification/"
-PAGE = "MMSelfSup's BYOL, ResNet-50"  # configs/selfsup/byol/README.md
+# Branch 0.x, which measured all figures of its configs/selfsup/byol/README.md but the 71.8.
+MMSELFSUP = "MMSelfSup 0.x, configs/benchmarks/classification/"
+PAGE = "MMSelfSup's BYOL, ResNet-50"
 
 
 @dataclass(frozen=True)
@@ -66,36 +70,40 @@ class Evaluation:
     protocol: Protocol
     views: str  # of VIEWS
     stages: bool  # a head for each stage; else one for the pooled feature
-    published: dict[
-        str, tuple[float, ...]
-    ]  # in %: top-1 of the stages; top-1 and top-5 of one head
+    data: DataSet
+    # In %: top-1 of the stages; top-1 and top-5 of one head. Shown where the data are `data`.
+    published: dict[str, tuple[float, ...]]
 
 
 EVALUATIONS = {
     "paper": Evaluation(
         "arXiv 2006.07733, appendix C.1, and DeepMind's byol/configs/eval.py",
-        PAPER, "crop", False,
+        PAPER, "crop", False, IMAGENET,
         {"the paper's BYOL, ResNet-50, ImageNet, 1000 epochs": (74.3, 91.6)},
     ),
     "mmselfsup": Evaluation(
         f"{MMSELFSUP}imagenet/resnet50_linear-8xb512-coslr-90e_in1k",
-        MMSELFSUP_LINEAR, "bilinear", False, {f"{PAGE}, ImageNet, 200 epochs": (71.8,)},
+        MMSELFSUP_LINEAR, "bilinear", False, IMAGENET,
+        {f"{PAGE}, 1.x, 16xb256, 200 epochs": (71.8,),
+         f"{PAGE}, 0.x, 16xb256, 200 epochs": (71.88,),
+         f"{PAGE}, 0.x, 8xb32-accum16, 200 epochs": (71.72,),
+         f"{PAGE}, 0.x, 8xb32-accum16, 300 epochs": (72.93,)},
     ),
     "multi-head": Evaluation(
         f"{MMSELFSUP}imagenet/resnet50_mhead_linear-8xb32-steplr-90e_in1k",
-        MULTI_HEAD, "colour", True,
+        MULTI_HEAD, "colour", True, IMAGENET,
         {f"{PAGE}, ImageNet, 16xb256, 200 epochs": (15.41, 35.15, 47.77, 62.59, 71.85),
          f"{PAGE}, ImageNet, 8xb32-accum16, 200 epochs": (15.16, 35.26, 47.77, 63.10, 71.21)},
     ),
     "places205": Evaluation(
         f"{MMSELFSUP}places205/resnet50_mhead_8xb32-steplr-28e_places205",
-        PLACES205, "places", True,
+        PLACES205, "places", True, PLACES205_DATA,
         {f"{PAGE}, Places205, 200 epochs": (21.25, 36.55, 43.66, 50.74, 53.82),
          f"{PAGE}, Places205, 300 epochs": (21.18, 36.68, 43.42, 51.04, 54.06)},
     ),
     "inaturalist": Evaluation(
         f"{MMSELFSUP}inaturalist2018/resnet50_mhead_8xb32-steplr-84e_inat18",
-        INATURALIST, "bilinear", True, {},
+        INATURALIST, "bilinear", True, INATURALIST2018, {},
     ),
 }  # fmt: skip
 HELP = {
@@ -116,23 +124,80 @@ FLAG = {name: name for name in HELP} | {"batch_size": "total_batch"}
 def main(argv: list[str] | None = None) -> None:
     args, protocol, machine = parse(argv)
     evaluation = EVALUATIONS[args.protocol]
-    train, test = open_images(args.data, args.max_value)
+    train, test = (
+        (None, open_tests(args.data, args.max_value))
+        if args.test_only
+        else open_images(args.data, args.max_value)
+    )
     net, facts = open_backbone(args)
     stages = stages_of(net, args.stages, args.protocol, args.model) if evaluation.stages else None
-    view, look = views(args.views or evaluation.views, facts, whole=train[0].size is not None)
-    training, testing = Labelled(train[0], view, train[1]), Labelled(test[0], look, test[1])
-    tell(f"{len(training)} images to train on, {len(testing)} to test on; {args.protocol} is "
-         f"{evaluation.origin}")  # fmt: skip
+    view, look = views(args.views or evaluation.views, facts, whole=test[0].size is not None)
+    testing = Labelled(test[0], look, test[1])
+    tell(f"{len(testing)} images to test on; {args.protocol} is {evaluation.origin}")
     try:
         backbone = Backbone(net.eval(), stages, facts.image_size, machine)
-        probe = (cached if args.cached else online)(
-            backbone, training, testing, protocol, machine, args
-        )
+        if train is None:
+            probe = tested(backbone, testing, protocol, machine, args.test_only)
+            comparable = (len(testing), probe.heads.num_classes) == evaluation.data[1:]
+        else:
+            training = Labelled(train[0], view, train[1])
+            tell(f"{len(training)} images to train on")
+            counts = len(training), len(testing), len(np.unique(training.labels))
+            comparable = counts == evaluation.data
+            probe = (cached if args.cached else online)(
+                backbone, training, testing, protocol, machine, args
+            )
     except ValueError as error:
         fail(str(error))
     if rank() == 0:
-        report(probe, evaluation, facts, args)
+        report(probe, evaluation, comparable, facts, args)
     leave_processes()
+
+
+def tested(
+    backbone: "Backbone", testing: Labelled, protocol: Protocol, machine: Machine, path: Path
+) -> Probe:
+    """The accuracies of heads that are there: last.pt of an earlier run, or one released."""
+    state = read_weights(path)
+    released = released_head(state)
+    if released is None and "weights.0" not in state.get("heads", {}):
+        fail(f"--test-only {path} is neither OUTPUT/last.pt of this program nor a linear "
+             "checkpoint of MMSelfSup or MMPretrain (head.fc_cls.* or head.fc.*).")  # fmt: skip
+    if released:
+        protocol = replace(protocol, base_lrs=protocol.base_lrs[:1], batch_norm=False)
+        state = {"weights.0": released["weight"][None], "biases.0": released["bias"][None]}
+    else:
+        state = state["heads"]
+    classes = state["weights.0"].shape[1]
+    if testing.labels.max() >= classes:
+        fail(f"--test-only {path} tells {classes} classes apart, and the test images have "
+             f"{testing.labels.max() + 1}.")  # fmt: skip
+    example = backbone(testing[0][0][None].to(machine.device))
+    heads = LinearHeads(example, classes, protocol, dtype=machine.dtype)
+    try:
+        heads.load_state_dict(heads.state_dict() | state if released else state)
+    except RuntimeError as error:
+        fail(f"--test-only {path} does not fit this backbone and protocol: {error}")
+    top1, top5 = accuracy(heads, backbone, machine.share_loader(testing))
+    return Probe(heads.stages, protocol.lrs, top1, top5, None, heads)
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The state in a file, of whatever project; no code of it is run."""
+    try:
+        return read_torch(path, foreign=True)
+    except (OSError, ValueError) as error:
+        fail(f"--test-only {path} cannot be read: {error}")
+
+
+def released_head(state: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Weight (C, D) and bias (C,) of a linear checkpoint: MMSelfSup 0.x's ClsHead (mmselfsup/
+    models/heads/cls_head.py), or MMPretrain's LinearClsHead, which 1.x trains."""
+    tensors = state.get("state_dict", state)
+    for name in ("head.fc_cls", "head.fc"):
+        if f"{name}.weight" in tensors:
+            return {part: tensors[f"{name}.{part}"] for part in ("weight", "bias")}
+    return None
 
 
 def online(
@@ -260,57 +325,6 @@ def stages_of(
     return {name: known.get(name, name) for name in names}
 
 
-# Views ------------------------------------------------------------------------------------------
-
-VIEWS = ("crop", "bilinear", "colour", "places")
-# AlexNet's colour noise: eigenvalues and eigenvectors of ImageNet's RGB values in [0, 1]
-# (Krizhevsky et al. 2012, section 4.1; the figures of fb.resnet.torch, which MMSelfSup's
-# multi-head configuration has times 255 and in the order BGR).
-EIGENVALUES = (0.2175, 0.0188, 0.0045)
-EIGENVECTORS = (
-    (-0.5675, 0.7192, 0.4009),
-    (-0.5808, -0.0045, -0.8140),
-    (-0.5836, -0.6948, 0.4203),
-)
-
-
-class Lighting(nn.Module):
-    """Adds one colour to (3, H, W) in [0, 1], drawn along the principal components of RGB."""
-
-    def __init__(self, std: float = 0.1) -> None:
-        super().__init__()
-        self.std = std
-
-    def forward(self, image: Tensor) -> Tensor:
-        along = torch.randn(3) * self.std * torch.tensor(EIGENVALUES)
-        return image + (torch.tensor(EIGENVECTORS) @ along).view(3, 1, 1)
-
-
-def views(kind: str, facts: Facts, whole: bool) -> tuple[Transform, Transform]:
-    """What is trained on and what is tested on; images of one size are tested on as a whole.
-
-    crop: random crop and flip, bicubic, the paper's. bilinear: the same, MMSelfSup's for one head
-    and iNaturalist. colour: bicubic, with jitter 0.4 and lighting, its multi-head one for ImageNet.
-    places: random crop of the central square and flip, bilinear, its one for Places205.
-    """
-    size, edge = facts.image_size, round(facts.image_size / CENTRE)
-    bicubic = kind in ("crop", "colour")
-    mode = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
-    to_image, to_float, normalise = as_tensor(facts)
-    look = [v2.Resize(size if whole else edge, mode), v2.CenterCrop(size)]
-    train = [v2.RandomResizedCrop(size, interpolation=mode)]
-    if kind == "places":
-        train = [v2.Resize(edge, mode), v2.CenterCrop(edge), v2.RandomCrop(size)]
-    train.append(v2.RandomHorizontalFlip())
-    noise = [Lighting()] if kind == "colour" else []
-    if kind == "colour":
-        train.append(v2.ColorJitter(0.4, 0.4, 0.4))
-    return (
-        v2.Compose([*train, to_image, to_float, *noise, normalise]),
-        v2.Compose([*look, to_image, to_float, normalise]),
-    )
-
-
 # Flags and figures ------------------------------------------------------------------------------
 
 
@@ -327,6 +341,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Protocol, Machine
     add("--held-out", type=float, default=0.0,
         help="part of the training images that chooses among --base-lrs; test images never do. "
         "The paper: 10009 of 1281167")  # fmt: skip
+    add("--test-only", type=Path, metavar="FILE",
+        help="score these heads and train none: OUTPUT/last.pt, or a linear checkpoint of "
+        "MMSelfSup or MMPretrain, with its backbone unless --checkpoint is given")  # fmt: skip
     add("--stages", nargs="+",
         help="which of feature1 to feature5 (default: all), or layers by name")  # fmt: skip
     add("--eval-every", type=int, default=10, help="epochs; the last is always evaluated")
@@ -350,6 +367,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Protocol, Machine
                            help=f"{HELP[name]} ({shown})", **how)  # fmt: skip
     args = parser.parse_args(argv)
     machine = set_up(args)
+    if args.test_only and not args.checkpoint and released_head(read_weights(args.test_only)):
+        args.checkpoint = str(args.test_only)
     if not 0 <= args.held_out < 1 or args.eval_every < 1:
         fail(f"--held-out {args.held_out}, --eval-every {args.eval_every}; expected a part in "
              "[0, 1), and at least 1.")  # fmt: skip
@@ -384,8 +403,11 @@ def named(what: str, values: Tensor, heads: LinearHeads) -> dict[str, float]:
     }
 
 
-def report(probe: Probe, evaluation: Evaluation, facts: Facts, args: argparse.Namespace) -> None:
-    """The published table: a column for each stage, or for the top-1 and top-5 of one head."""
+def report(
+    probe: Probe, evaluation: Evaluation, comparable: bool, facts: Facts, args: argparse.Namespace
+) -> None:
+    """The published table: a column for each stage, or for the top-1 and top-5 of one head;
+    the published rows where the data are `comparable`."""
     top1, top5 = 100 * probe.top1, 100 * probe.top5
     lines: list[tuple[str, list[int]]]  # and which rate is shown for each stage
     if probe.chosen is not None:
@@ -402,13 +424,14 @@ def report(probe: Probe, evaluation: Evaluation, facts: Facts, args: argparse.Na
         else:
             rows.append([this, first[0], five[0]])
     columns = ["", *(probe.stages if evaluation.stages else ("top-1", "top-5"))]
-    for who, figures in evaluation.published.items():
+    for who, figures in evaluation.published.items() if comparable else ():
         cells: list[float | None] = [*figures]
         if evaluation.stages:
             by_stage = {f"feature{i}": figure for i, figure in enumerate(figures, 1)}
             cells = [by_stage.get(stage) for stage in probe.stages]
         rows.append([who, *cells, *[None] * (len(columns) - 1 - len(cells))])
-    title = f"Linear evaluation, {args.protocol}{', cached features' if args.cached else ''}: "
+    how = ", cached features" if args.cached else ", test only" if args.test_only else ""
+    title = f"Linear evaluation, {args.protocol}{how}: "
     title += f"accuracy in % on {Path(args.data).name}"
     more = {
         "stages": probe.stages, "lrs": probe.lrs, "chosen": probe.chosen,

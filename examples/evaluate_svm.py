@@ -26,7 +26,8 @@ from parts.backbone import Facts, open_backbone
 from parts.decoding import CENTRE
 from parts.flags import common_flags, set_up
 from parts.labelled import Chosen, Labelled, Transform, as_tensor, evaluation_transform, open_images
-from parts.processes import fail, tell
+from parts.processes import fail, launch, tell
+from parts.published import VOC07
 from parts.tables import Cell, write_results
 from PIL import Image
 from torch import Tensor, nn
@@ -136,13 +137,15 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         fail(str(error))
     chance = float(np.mean([(t == 1).sum() / (t != -1).sum() for t in one_hot(many).T]))
-    report(args, facts, classes, svm, low_shot, best, chance)
+    counts = len(few), len(many), len(classes)
+    report(args, facts, classes, counts, svm, low_shot, best, chance)
 
 
 def report(
     args: argparse.Namespace,
     facts: Facts,
     classes: list[str],
+    counts: tuple[int, int, int],
     svm: dict[str, SVMResult],
     low_shot: dict[str, LowShotResult],
     best: str,
@@ -150,7 +153,8 @@ def report(
 ) -> None:
     """One row a layer, the best in bold; beside them the published row where the data is VOC07.
 
-    `chance`: the mean share of positives, which is the AP of scores that say nothing.
+    `counts`: of the images to train and to test on and of the classes. `chance`: the mean share of
+    positives, which is the AP of scores that say nothing.
     """
     accurate = svm[best].top1 is not None
     columns = ["layer", "SVM", *(["top-1"] if accurate else [])]
@@ -164,7 +168,7 @@ def report(
             few = zip(low_shot[layer].mean_ap, low_shot[layer].deviation, strict=True)
             rows[-1] += [f"{100 * mean:.2f} ± {100 * deviation:.2f}" for mean, deviation in few]
     rows.append(["chance", f"{100 * chance:.2f}"])
-    if {"aeroplane", "tvmonitor"} <= set(classes):
+    if counts == VOC07 and set(classes) == set(voc.CLASSES):
         published = [PUBLISHED_LOW_SHOT.get(k) for k in args.shots] if low_shot else []
         rows.append([PUBLISHED, PUBLISHED_SVM, *published])
     rows = [row + [None] * (len(columns) - len(row)) for row in rows]
@@ -230,7 +234,7 @@ def transform(framing: str, facts: Facts, whole: bool) -> Transform:
     """
     size = facts.image_size
     if framing == "centre":
-        return evaluation_transform(facts, whole)
+        return evaluation_transform(facts, whole, bilinear=True)
     first = [] if whole else [v2.Resize(round(size / CENTRE))]
     return v2.Compose([*first, v2.Resize((size, size)), *as_tensor(facts)])
 
@@ -319,7 +323,8 @@ def annotated(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
     """The same from the objects in the annotations; ignored: all of a class are difficult."""
     tables: dict[str, dict[str, int]] = {}
     for name in names:
-        for label, difficult, _ in voc.read_objects(folder / "Annotations" / f"{name}.xml"):
+        root = voc.read_annotation(folder / "Annotations" / f"{name}.xml")
+        for label, difficult, _ in voc.objects_of(root):
             table = tables.setdefault(label, dict.fromkeys(names, 0))
             table[name] = 1 if not difficult or table[name] == 1 else -1
     return tables
@@ -327,4 +332,4 @@ def annotated(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
 
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # without the line of code
-    main()
+    launch(main)

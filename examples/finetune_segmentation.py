@@ -29,6 +29,7 @@ from parts.flags import flag, parse_protocol, protocol_parser, set_up
 from parts.machine import Machine
 from parts.masks import IGNORED, Masked, open_masks
 from parts.processes import fail, launch, leave_processes, rank, summed, tell, world_size
+from parts.published import VOC12AUG as VOC12AUG_DATA
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     check_shares(protocol.batch_size)
     if world_size() == 1 and protocol.batch_size < 2:
         fail("--batch-size 1: batch norm needs 2 images or more.")
-    train, test = open_masks(args.data, args.classes, args.ignore_index)
+    train, test = open_masks(args.data, args.classes, args.ignore_index, not args.without_sbd)
     # timm and torchvision dilate the first block of a stage as the stage before it, as
     # MMSegmentation's contract_dilation does.
     dilated = {"replace_stride_with_dilation": [False, True, True]}
@@ -105,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         lambda: evaluate(net, test, facts, protocol, machine, args.output), protocol, machine, args,
     )  # fmt: skip
     if rank() == 0:
-        report(history, test, facts, protocol, args)
+        report(history, train, test, facts, protocol, args)
     leave_processes()
 
 
@@ -124,6 +125,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Segment
     parser.add_argument("--ignore-index", type=int, default=IGNORED,
                         help="in the masks of a folder: pixels without a class (default: 255)",
                         )  # fmt: skip
+    parser.add_argument("--without-sbd", action="store_true",
+                        help="of VOC2012: train on its own 1,464 masks alone")  # fmt: skip
     args, protocol = parse_protocol(parser, PROTOCOLS, argv)
     for name in ("short_edge", "long_edge", "min_scale", "lr"):
         if getattr(protocol, name) <= 0:
@@ -392,13 +395,13 @@ def palette() -> np.ndarray:
 
 
 def report(
-    history: list[Figures], test: Masked, facts: Facts, protocol: SegmentationProtocol,
-    args: argparse.Namespace,
+    history: list[Figures], train: Masked, test: Masked, facts: Facts,
+    protocol: SegmentationProtocol, args: argparse.Namespace,
 ) -> None:  # fmt: skip
     figures = history[-1]
     own: list[Cell] = [f"{facts.model}, {facts.start}", protocol.iterations]
     rows = [[*own, *(figures[name] for name in ("mIoU", "mAcc", "aAcc"))]]
-    if args.protocol == "voc12aug":
+    if (len(train.pairs), len(test.pairs), len(test.classes)) == VOC12AUG_DATA:
         rows.append(PUBLISHED)
     more = {"history": history, "classes": test.classes, "test images": len(test.pairs)}
     columns = ["backbone", "steps", "mIoU", "mAcc", "aAcc"]

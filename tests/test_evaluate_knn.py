@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
+from torchvision import transforms as v1
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -68,7 +69,7 @@ def test_the_table_is_scikit_learns_vote_on_the_backbones_features(
     net.eval()
     parts = []
     for source in open_data(data):
-        images = evaluation_images((source, np.arange(len(source))), facts)
+        images = evaluation_images((source, np.arange(len(source))), facts, bilinear=True)
         with torch.no_grad():
             found = net(torch.stack([images[i][0] for i in range(len(images))]))
         parts.append((found.double().numpy(), images.labels))
@@ -89,14 +90,53 @@ def test_the_table_is_scikit_learns_vote_on_the_backbones_features(
     assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
 
 
-def test_the_published_k_are_the_default_and_the_published_row_is_beside(
+def test_the_published_k_are_the_default(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = run(data, tmp_path)
     assert results["columns"][1:] == ["k=10", "k=20"]
     assert "left out: k = 100, 200, as only 30 vote" in capsys.readouterr().out
-    assert results["rows"][-1][1:] == [63.9, 64.2] and "MMSelfSup" in results["rows"][-1][0]
     assert results["flags"]["temperature"] == 0.07
+
+
+def test_published_rows_stand_beside_imagenet_alone(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MMSelfSup 0.x, configs/selfsup/byol/README.md, "ImageNet Nearest-Neighbor Classification"."""
+    assert evaluate_knn.IMAGENET == (1_281_167, 50_000, 1000)
+    assert len(run(data, tmp_path / "other")["rows"]) == 2
+    monkeypatch.setattr(evaluate_knn, "IMAGENET", (CLASSES * TRAIN, CLASSES * TEST, CLASSES))
+    rows = run(data, tmp_path / "own")["rows"][2:]
+    assert [row[1:] for row in rows] == [[63.9, 64.2], [66.1, 66.3]]
+    assert "200 epochs" in rows[0][0] and "300 epochs" in rows[1][0]
+    assert list(evaluate_knn.PUBLISHED.values()) == [
+        {10: 63.9, 20: 64.2, 100: 62.9, 200: 61.9}, {10: 66.1, 20: 66.3, 100: 65.2, 200: 64.4},
+    ]  # fmt: skip
+    less = run(data, tmp_path / "less", "--train-images", CLASSES * TRAIN - 1)
+    assert len(less["rows"]) == 2
+
+
+def test_images_are_made_smaller_bilinearly(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MMSelfSup 0.x, configs/benchmarks/classification/knn_imagenet.py: Resize(256), CenterCrop(
+    224), of torchvision, with its default interpolation."""
+    seen: list[Any] = []
+    images = evaluation_images
+
+    def kept(*args: Any, **how: Any) -> Any:
+        seen.append(images(*args, **how))
+        return seen[-1]
+
+    monkeypatch.setattr(evaluate_knn, "evaluation_images", kept)
+    run(data, tmp_path)
+    for part in seen:
+        picture = Image.open(part.source.folder / part.source.name(0)).convert("RGB")
+        small = v1.Compose([v1.Resize(round(32 * 256 / 224)), v1.CenterCrop(32), v1.ToTensor()])
+        expected = v1.functional.normalize(
+            small(picture), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        )
+        torch.testing.assert_close(part[0][0].as_subclass(torch.Tensor), expected)
 
 
 def test_a_draw_of_the_images_and_features_in_files(data: Path, tmp_path: Path) -> None:

@@ -95,9 +95,15 @@ def refusal(output: Path, *flags: Any) -> str:
 
 
 def test_voc_gives_both_tables_beside_the_published_row(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """MMSelfSup 0.x, configs/selfsup/byol/README.md, "VOC SVM / Low-shot SVM"."""
     data = write_voc(tmp_path / "data", lists=True)
+    _, other = run(capsys, tmp_path / "other", "--data", data, "--low-shot", "none")
+    assert other["rows"][-1][0] == "chance"  # it is not VOC07
+    assert evaluate_svm.VOC07 == (5011, 4952, 20)
+    monkeypatch.setattr(evaluate_svm, "VOC07", (24, 24, 2))
+    monkeypatch.setattr(evaluate_svm.voc, "CLASSES", tuple(SHOWN))
     printed, results = run(capsys, tmp_path / "out", "--data", data)
 
     assert results["columns"] == ["layer", "SVM", "k=1", "k=2"]

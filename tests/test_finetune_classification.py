@@ -124,7 +124,7 @@ def test_the_list_is_what_is_trained_on(data: Path, tmp_path: Path) -> None:
 
 
 def test_colours_are_learned_and_figures_kept(data: Path, tmp_path: Path) -> None:
-    found = run(data, tmp_path, *TINY, "--labels", 50, "--epochs", 12)
+    found = run(data, tmp_path, *TINY, "--recipe", "paper", "--labels", 50, "--epochs", 12)
     history = found["history"]
     assert [line["epoch"] for line in history] == list(range(1, 13))
     assert history[-1]["top1"] == 1.0
@@ -135,9 +135,60 @@ def test_colours_are_learned_and_figures_kept(data: Path, tmp_path: Path) -> Non
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_the_papers_figures_stand_beside(data: Path, tmp_path: Path) -> None:
-    found = run(data, tmp_path, *TINY, "--labels", 10, "--epochs", 1)
-    assert found["rows"][1][1:] == ["10 % of ImageNet", 68.8, 89.0]
+GRID = ("--recipe", "paper", "--grid", "--epochs", 1)
+
+
+def test_a_grid_trains_every_setting_and_held_out_images_choose(data: Path, tmp_path: Path) -> None:
+    flags = TINY[:-2]  # without a rate
+    every = run(data, tmp_path / "every", *flags, *GRID, "--labels", 50)
+    rates = (0.005, 0.01, 0.02, 0.05, 0.1)
+    assert [f"lr {rate:g}, head x1, 1 epochs" in row[0] for rate, row in
+            zip(rates, every["rows"], strict=True)] == [True] * 5  # fmt: skip
+    assert len({row[0] for row in every["rows"]}) == 5
+    one = run(data, tmp_path / "one", *flags, *GRID[:2], "--epochs", 1, "--labels", 50,
+              "--base-lr", 0.02)  # fmt: skip
+    assert one["rows"][0][2:] == every["rows"][2][2:]  # every setting begins anew
+    chosen = run(data, tmp_path / "chosen", *flags, *GRID, "--labels", 50, "--held-out", 0.25)
+    best = max(chosen["settings"], key=lambda s: s["held_out"])
+    assert len(chosen["rows"]) == 1 and best["name"] in chosen["rows"][0][0]
+    assert chosen["history"] == best["history"]
+
+
+@pytest.mark.parametrize("part", [1, 10, 100])
+def test_the_papers_row_stands_beside_its_own_protocol_and_part_of_imagenet(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    """arXiv 2006.07733, tables 2 and 8; the images of SimCLR's lists, imagenet_subsets/."""
+    figures = {1: (53.2, 78.4), 10: (68.8, 89.0), 100: (77.7, 93.9)}
+    sizes = {1: 12_811, 10: 128_116, 100: 1_281_167}
+    assert script.PUBLISHED[sizes[part], 50_000, 1000] == figures[part]
+    flags = (*TINY, *GRID, "--labels", 50)
+    own = script.PUBLISHED[sizes[part], 50_000, 1000]
+    (train, _), (_, test) = open_images(data)
+    some = len(balanced(train.labels, 50, 0))
+    monkeypatch.setitem(script.PUBLISHED, (some, len(test), 3), own)
+    found = run(data, tmp_path / "own", *flags, "--held-out", 0.25)
+    assert found["rows"][1][2:] == list(figures[part])
+    for name, less in (
+        ("choice", flags), ("data", (*flags, "--held-out", 0.25, "--labels", 25)),
+        ("recipe", (*flags, "--held-out", 0.25, "--recipe", "mmselfsup-1", "--base-lr", 1,
+                    "--head-multiplier", 1)),
+    ):  # fmt: skip
+        rows = run(data, tmp_path / name, *less)["rows"]
+        assert not any("the paper" in row[0] for row in rows)
+
+
+def test_held_out_images_are_those_without_a_label_where_there_are_any() -> None:
+    labels = np.repeat(np.arange(4), 100)
+    every = np.arange(400)
+    few = every[balanced(labels, 10, 0)]
+    left, chooses = script.apart(labels, every, few, 0.05, seed=0)
+    assert left.tolist() == few.tolist() and not set(chooses) & set(few)
+    assert np.bincount(labels[chooses]).tolist() == [5] * 4
+    left, chooses = script.apart(labels, every, every, 0.05, seed=0)
+    assert np.bincount(labels[chooses]).tolist() == [5] * 4
+    assert sorted([*left, *chooses]) == every.tolist()
+    assert script.apart(labels, every, few, 0.0, seed=0)[1].tolist() == []
 
 
 def test_the_head_has_a_rate_of_its_own(data: Path, tmp_path: Path) -> None:
@@ -172,8 +223,7 @@ def test_small_passes_add_up_to_the_batch(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "epoch", "factor"),
     [
-        ("semi-supervised", 0, 1.0),
-        ("semi-supervised", 10, 0.5),
+        ("paper", 0, 1.0),
         ("paper", 15, 0.5),
         ("mmselfsup-1", 11.9, 1.0),
         ("mmselfsup-1", 12, 0.2),
@@ -186,7 +236,14 @@ def test_the_rate_follows_the_recipe(recipe: str, epoch: float, factor: float) -
 
 
 def test_recipes_have_the_published_settings() -> None:
+    """MMSelfSup 0.x, configs/benchmarks/classification/imagenet/imagenet_{1,10}percent/
+    resnet50_head{1,10,100}_4xb64-steplr{1e-1,1e-2,1e-3}-20e_in1k-{1,10}pct.py and _base_/datasets/
+    imagenet.py; arXiv 2006.07733, appendix C.1."""
     one, ten = script.RECIPES["mmselfsup-1"], script.RECIPES["mmselfsup-10"]
+    assert (ten.milestones, ten.gamma, ten.bilinear) == ((12, 16), 0.2, True)
+    grid = {"base_lr": (0.1, 0.01, 0.001), "head_multiplier": (1.0, 10.0, 100.0)}
+    assert script.GRIDS["mmselfsup-1"] == script.GRIDS["mmselfsup-10"] == grid
+    assert script.GRIDS["paper"] == {"base_lr": (0.005, 0.01, 0.02, 0.05, 0.1), "epochs": (30, 50)}
     assert (one.epochs, one.total_batch, one.weight_decay, one.nesterov) == (20, 256, 5e-4, False)
     assert ten.weight_decay == 1e-4
     paper = script.RECIPES["paper"]
@@ -305,7 +362,8 @@ def test_two_processes_end_as_one_does(
         (("--labels", 101), "--labels 101; expected a percentage"),
         (("--epochs", 0), "--epochs 0; expected 1 or more"),
         (("--base-lr", -1), "--base-lr -1.0; expected 0 or more"),
-        (("--momentum", 0), "--momentum 0.0; expected it in"),
+        (("--recipe", "paper", "--momentum", 0), "--momentum 0.0; expected it in"),
+        (("--held-out", 1), "--held-out 1.0; expected a share"),
         (("--label-list", "nowhere.txt"), "nowhere.txt cannot be read"),
         (("--base-lr", 1e30), "the loss is nan in epoch 1: lower --base-lr"),
     ],

@@ -64,6 +64,7 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("paper-100", 7.2, 0.99, 31_200, 3120),
         ("mmselfsup-16xb256-200", 4.8, 0.99, 62_400, 3120),
         ("mmselfsup-8xb32-accum16-200", 4.8, 0.99, 62_400, 3120),
+        ("mmselfsup-8xb32-accum16-300", 4.8, 0.99, 93_600, 3120),
         ("vit", 2.4e-3, 0.99, 93_600, 12_480),
         ("small", 0.24, 0.99, 500_400, 0),
     ],
@@ -77,6 +78,24 @@ def test_a_recipe_on_imagenet_is_the_published_one(
     plan = imagenet_ddp.make_plan(chosen, args, source, torch.device("cpu"), 0, 1)
     assert plan.lr == pytest.approx(lr)
     assert (plan.decay, plan.steps, plan.warmup_steps) == (decay, steps, warmup)
+
+
+@pytest.mark.parametrize("recipe", imagenet_ddp.RECIPES)
+def test_only_mmselfsups_residual_branches_do_not_begin_at_zero(recipe: str) -> None:
+    """MMSelfSup 0.x, mmselfsup/models/backbones/resnet.py: zero_init_residual=False by default,
+    and configs/selfsup/_base_/models/byol.py leaves it; deepmind-research, byol/README.md: the
+    released code's last batch norm of a block begins at 0."""
+    chosen, _ = imagenet_ddp.parse_arguments(["--data", ".", "--recipe", recipe])
+    if chosen.model.startswith("resnet"):
+        net = timm.create_model(chosen.model, **chosen.model_args)
+        last = [m.get_submodule("bn3" if hasattr(m, "bn3") else "bn2").weight
+                for m in net.modules() if hasattr(m, "conv2")]  # fmt: skip
+        assert len(last) >= 8
+        assert all(bool(w.any()) == recipe.startswith("mmselfsup") for w in last)
+    other = ("--model", "vit_tiny_patch16_224")
+    chosen, _ = imagenet_ddp.parse_arguments(["--data", ".", "--recipe", recipe, *other])
+    assert chosen.model_args == {}
+    timm.create_model(chosen.model, **chosen.model_args)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +183,7 @@ def test_images_kept_on_the_device_train_as_those_that_workers_read(
 ) -> None:
     kept, read = tmp_path / "kept", tmp_path / "read"
     with monkeypatch.context() as patch:
-        patch.setattr(parts_views, "make_loader", None)
+        patch.setattr("parts.views.make_loader", None)
         run_here(kept, "--data", npz, *TINY)
     monkeypatch.setattr(batches, "RESIDENT", 24 * 3 * 32 * 32 - 1)
     run_here(read, "--data", npz, *TINY)
@@ -319,6 +338,8 @@ def test_a_dry_run_prints_what_would_run_and_leaves_nothing(
     for part in (
         "model                    resnet10t",
         "global batch 8: 1 processes x 2 passes x 4 images",
+        "batch norm of the backbone spans 4 images",
+        "autocast: none (the published runs: none)",
         "24 images, 3 steps an epoch, 12 steps",
         "learning rate 0.2 after 3 steps of warm-up, EMA decay 0.99 rising to 1",
         "% of the views are enlarged",
@@ -343,6 +364,8 @@ def test_a_dry_run_of_several_processes_waits_for_none(
 ) -> None:
     job = Job(tmp_path / "out", "--data", npz, *TINY, *how, "--dry-run", world=2).ends_well()
     assert "global batch 8: 2 processes x 1 passes x 4 images" in job.text()
+    spans = 4 if "--no-sync-bn" in how else 8
+    assert f"batch norm of the backbone spans {spans} images" in job.text()
     assert job.text().count("memory: about") == 1
     assert not (tmp_path / "out").exists()
 

@@ -49,6 +49,14 @@ class Annotated:
         found = self.truth.imgToAnns[image]
         return [a for a in found if not a.get("iscrowd") and min(a["bbox"][2:]) > 0]
 
+    def wide(self, image: int) -> bool:
+        """Whether it is wider than high."""
+        known = self.truth.imgs[image]
+        if "width" not in known:
+            with Image.open(self.folder / known["file_name"]) as file:
+                known["width"], known["height"] = file.size
+        return bool(known["width"] > known["height"])
+
     def picture(self, image: int) -> Tensor:
         """(3, H, W) uint8."""
         path = self.folder / self.truth.imgs[image]["file_name"]
@@ -80,7 +88,8 @@ def open_detection(folder: Path, classes: list[str] | None, masks: bool) -> list
         train = "trainval" if {"trainval", "test"} <= names else "train"
         test = "test" if "test" in names else "val"
         files = (folder / "Annotations").glob("*.xml")
-        classes = classes or sorted({name for f in files for name, *_ in voc.read_objects(f)})
+        found = (voc.objects_of(voc.read_annotation(file)) for file in files)
+        classes = classes or sorted({name for objects in found for name, *_ in objects})
         parts = [read_voc(folder, [("", name)], classes) for name in (train, test)]
     else:
         parts = [read_coco(folder, *find_coco(folder, names)) for names in
@@ -121,9 +130,9 @@ def read_voc(folder: Path, lists: list[tuple[str, str]], classes: list[str]) -> 
                    "the images, JPEGImages/NAME.jpg and Annotations/NAME.xml.")  # fmt: skip
         for stem in voc.read_list(path, missing):
             file = Path(place) / "JPEGImages" / f"{stem}.jpg"
-            images.append({"id": len(images) + 1, "file_name": str(file)})
-            objects = voc.read_objects(folder / place / "Annotations" / f"{stem}.xml")
-            for label, difficult, thing in objects:
+            root = voc.read_annotation(folder / place / "Annotations" / f"{stem}.xml")
+            images.append({"id": len(images) + 1, "file_name": str(file), **voc.size_of(root)})
+            for label, difficult, thing in voc.objects_of(root):
                 if label not in number:
                     fail(f"{stem}.xml has an object of the class {label!r}, which is none of "
                          f"{','.join(classes)}. Give all names by --classes.")  # fmt: skip
@@ -204,6 +213,7 @@ class BoxedImages(Dataset[Any]):
         # Images without boxes are left out, as in MMDetection and detectron2.
         self.images = [image for image in part.images if part.boxes(image)]
         self.label = {category: i for i, category in enumerate(part.categories, 1)}
+        self.wide = np.array([part.wide(image) for image in self.images])
 
     def __len__(self) -> int:
         return len(self.images)

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid, save_image
 
+from byol_pytorch import checkpoint
 from byol_pytorch.evaluation.features import shard
 from byol_pytorch.heads import sync_batchnorm
 from parts.journal import Journal
@@ -43,6 +45,7 @@ def fine_tune(
     protocol: Any,
     machine: Machine,
     args: argparse.Namespace,
+    kinds: np.ndarray | None = None,
 ) -> list[Figures]:
     """Train `net` by SGD for the steps of the protocol; the figures of each evaluation, on rank 0.
 
@@ -50,12 +53,15 @@ def fine_tune(
     `collate` a batch of several, `rate` the learning rate of a step. `evaluate` is called on all
     ranks, with `net` in evaluation mode, and gives its figures on rank 0. Of the flags it takes
     --seed, --output and how often is evaluated, saved and logged; OUTPUT/last.pt holds the state.
+    With `kinds`, one integer or bool an image, every two neighbours in a batch are of one kind.
     """
     assert isinstance(images, Sized)
     device = machine.device
     if world_size() > 1:
         sync_batchnorm(net)
     net.to(device)
+    if args.test_only:
+        return [{"step": load(net, args.test_only), **tested(net, evaluate)}]
     trained = [p for p in net.parameters() if p.requires_grad]
     # The norms decay too, as in MMDetection and MMSegmentation.
     optimizer = torch.optim.SGD(trained, 1.0, protocol.momentum, weight_decay=protocol.weight_decay)
@@ -71,7 +77,13 @@ def fine_tune(
             journal.note(step, f"goes on from {last_state.path}")
         model = parallel(net.train(), device)
         order = Order(
-            len(images), protocol.batch_size, args.seed, protocol.iterations, step, "join"
+            len(images),
+            protocol.batch_size,
+            args.seed,
+            protocol.iterations,
+            step,
+            "join",
+            kinds=kinds,
         )
         loader = DataLoader(
             images, batch_sampler=order, collate_fn=collate, num_workers=machine.workers,
@@ -98,10 +110,7 @@ def fine_tune(
                 journal.figures(step, mean_of(losses) | {"lr": rate(step - 1)})
                 losses.clear()
             if step % args.eval_every == 0 or last:
-                with torch.inference_mode():
-                    net.eval()
-                    figures = evaluate()
-                    net.train()
+                figures = tested(net, evaluate)
                 journal.figures(step, figures)
                 history.append({"step": step, **figures})
             # Several processes ask each other where the log is written.
@@ -118,6 +127,24 @@ def fine_tune(
                 raise SystemExit(0)
         journal.close()
     return history
+
+
+def load(net: nn.Module, path: Path) -> int:
+    """Give `net` the weights of an earlier run's last.pt; after how many steps they were saved."""
+    try:
+        state = checkpoint.load(path)
+        net.load_state_dict(state["model"])
+        return int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        fail(f"--test-only {path} is not last.pt of a run with these flags and data: {error}")
+
+
+def tested(net: nn.Module, evaluate: Callable[[], Figures]) -> Figures:
+    with torch.inference_mode():
+        net.eval()
+        figures = evaluate()
+        net.train()
+    return figures
 
 
 def moved(batch: Any, device: torch.device) -> Any:

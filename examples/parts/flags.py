@@ -147,6 +147,8 @@ def protocol_parser(description: str, protocols: dict[str, Any]) -> argparse.Arg
     add("--eval-every", type=int, default=2000, help="steps; the last one is always evaluated")
     add("--save-every", type=int, default=500, help="steps")
     add("--log-every", type=int, default=20, help="steps")
+    add("--test-only", type=Path, metavar="LAST.PT",
+        help="score the network of an earlier run with the same flags, and train none")  # fmt: skip
     add("--protocol", choices=protocols, default=next(iter(protocols)),
         help="what the flags below default to (default: %(default)s)")  # fmt: skip
     group = parser.add_argument_group("protocol", "published defaults, with their sources")

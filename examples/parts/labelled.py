@@ -45,18 +45,38 @@ def open_images(folder: Path, max_value: float | None = None) -> tuple[Chosen, C
     for train, test, roots in LISTS:
         if (folder / train).is_file() and all((folder / root).is_dir() for root in roots):
             lists = zip((train, test), roots, strict=True)
-            return with_classes(folder, [read_list(folder / f, folder / r) for f, r in lists])
+            return with_classes(
+                folder, [read_list(folder / f, folder / r) for f, r in lists], max_value
+            )
     for train, test in (("train2018.json", "val2018.json"), ("train2019.json", "val2019.json")):
         if (folder / train).is_file():
-            return with_classes(folder, [read_json(folder / f, folder) for f in (train, test)])
+            return with_classes(
+                folder, [read_json(folder / f, folder) for f in (train, test)], max_value
+            )
     years = folder / "2021_train", folder / "2021_valid"  # torchvision.datasets.INaturalist
     if all(year.is_dir() for year in years):
-        return with_classes(folder, [read_folders(year) for year in years])
-    return with_classes(folder, list(open_labelled(folder, max_value)))
+        return with_classes(folder, [read_folders(year) for year in years], max_value)
+    return with_classes(folder, list(open_labelled(folder, max_value)), max_value)
 
 
-def with_classes(folder: Path, parts: list[Chosen]) -> tuple[Chosen, Chosen]:
+def open_tests(folder: Path, max_value: float | None = None) -> Chosen:
+    """The images to test on; those to train on may be missing."""
+    for _, test, (_, root) in LISTS:
+        if (folder / test).is_file() and (folder / root).is_dir():
+            return read_list(folder / test, folder / root)
+    if (folder / "val2018.json").is_file():
+        return read_json(folder / "val2018.json", folder)
+    if (folder / "val").is_dir() and not (folder / "train").is_dir():
+        return read_folders(folder / "val")
+    return open_images(folder, max_value)[1]
+
+
+def with_classes(
+    folder: Path, parts: list[Chosen], max_value: float | None
+) -> tuple[Chosen, Chosen]:
     """Both parts, where one can train on the first and test on the second."""
+    for source, _ in parts:
+        source.max_value = max_value
     train, test = (set(source.labels[numbers].tolist()) for source, numbers in parts)
     if len(train) < 2:
         fail(f"--data {folder} has {len(train)} class to train on; expected two or more.")
@@ -72,25 +92,38 @@ def read_list(path: Path, root: Path) -> Chosen:
     lines = [line for line in lines if line]
     if not lines or any(len(line) != 2 or not line[1].isdigit() for line in lines):
         fail(f'{path}: expected lines of "path label", with labels from 0 on.')
-    return numbered([name for name, _ in lines], [int(label) for _, label in lines], root)
+    return numbered([name for name, _ in lines], [int(label) for _, label in lines], root, path)
 
 
 def read_json(path: Path, root: Path) -> Chosen:
     """iNaturalist's annotations."""
-    content = json.loads(path.read_text())
-    label = {item["image_id"]: item["category_id"] for item in content["annotations"]}
-    names = [item["file_name"] for item in content["images"]]
-    return numbered(names, [label[item["id"]] for item in content["images"]], root)
+    try:
+        content = json.loads(path.read_text())
+        label = {item["image_id"]: item["category_id"] for item in content["annotations"]}
+        images = [(item["file_name"], label[item["id"]]) for item in content["images"]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        fail(f"{path} is not iNaturalist's JSON: images (id, file_name) and annotations (image_id, "
+             f"category_id): {error!r}")  # fmt: skip
+    return numbered([name for name, _ in images], [number for _, number in images], root, path)
 
 
 def read_folders(root: Path) -> Chosen:
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
     found = [(f"{c}/{f}", i) for i, c in enumerate(classes) for f in sorted(os.listdir(root / c))]
-    return numbered([name for name, _ in found], [label for _, label in found], root)
+    return numbered([name for name, _ in found], [label for _, label in found], root, root)
 
 
-def numbered(names: list[str], labels: list[int], root: Path) -> Chosen:
-    encoded = np.array([os.fsencode(name.lstrip("/")) for name in names])
+def numbered(names: list[str], labels: list[int], root: Path, path: Path) -> Chosen:
+    """Images below `root` or, as MMSelfSup's convert_inaturalist.py leaves its lists, below the
+    folder that `root` is in. A hundred of them are looked for."""
+    names = [name.lstrip("/") for name in names]
+    root = next((r for r in (root, root.parent) if (r / names[0]).is_file()), root)
+    some = names[:: max(1, len(names) // 100)]
+    missing = [name for name in some if not (root / name).is_file()]
+    if missing:
+        fail(f"{path} names images that are not in {root}: {len(missing)} of {len(some)} that were "
+             f"looked for, such as {missing[0]}.")  # fmt: skip
+    encoded = np.array([os.fsencode(name) for name in names])
     return Files(np.array(labels, np.int64), root, encoded), np.arange(len(names))
 
 
@@ -155,6 +188,7 @@ def listed(part: Chosen, path: Path) -> np.ndarray:
 
 
 Transform = Callable[[Any], Tensor]
+INTERPOLATION = (v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR)  # by `bilinear`
 
 
 @dataclass
@@ -186,19 +220,23 @@ class Labelled(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(self.source.labels[index])
 
 
-def evaluation_transform(facts: Facts, whole: bool) -> Transform:
-    """The central square, at 224 px of a short edge of 256; or all of the short edge."""
+def evaluation_transform(facts: Facts, whole: bool, bilinear: bool = False) -> Transform:
+    """The central square, at 224 px of a short edge of 256; or all of the short edge.
+
+    Bicubic as the paper's, or `bilinear` as MMSelfSup 0.x (configs/benchmarks/classification/
+    knn_imagenet.py and _base_/datasets/imagenet.py, which leave torchvision's default).
+    """
     edge = round(facts.image_size / (1.0 if whole else CENTRE))
     return v2.Compose([
-        v2.Resize(edge, interpolation=v2.InterpolationMode.BICUBIC),
+        v2.Resize(edge, interpolation=INTERPOLATION[bilinear]),
         v2.CenterCrop(facts.image_size),
         *as_tensor(facts),
     ])  # fmt: skip
 
 
-def training_transform(facts: Facts) -> Transform:
+def training_transform(facts: Facts, bilinear: bool = False) -> Transform:
     """Random resized crop and flip."""
-    crop = v2.RandomResizedCrop(facts.image_size, interpolation=v2.InterpolationMode.BICUBIC)
+    crop = v2.RandomResizedCrop(facts.image_size, interpolation=INTERPOLATION[bilinear])
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *as_tensor(facts)])
 
 
@@ -208,10 +246,11 @@ def as_tensor(facts: Facts) -> list[Transform]:
     return [v2.ToImage(), to_float, v2.Normalize(facts.mean, facts.std)]
 
 
-def evaluation_images(part: Chosen, facts: Facts) -> Labelled:
+def evaluation_images(part: Chosen, facts: Facts, bilinear: bool = False) -> Labelled:
     """For features: images of one size, such as CIFAR's, are seen whole."""
     source, indices = part
-    return Labelled(source, evaluation_transform(facts, whole=source.size is not None), indices)
+    look = evaluation_transform(facts, source.size is not None, bilinear)
+    return Labelled(source, look, indices)
 
 
 @dataclass

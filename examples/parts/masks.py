@@ -13,7 +13,8 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms.v2 import functional as TF
 
 from parts import voc
-from parts.processes import fail, once, tell
+from parts.processes import fail, once
+from parts.published import VOC12AUG
 from parts.sources import ENDINGS
 
 IGNORED = 255  # in masks as they are trained on
@@ -35,11 +36,13 @@ class Masked:
         return pixels, torch.from_numpy(self.meaning[values(mask)])
 
 
-def open_masks(folder: Path, classes: list[str] | None, ignore_index: int) -> tuple[Masked, Masked]:
+def open_masks(
+    folder: Path, classes: list[str] | None, ignore_index: int, with_sbd: bool = True
+) -> tuple[Masked, Masked]:
     """The images to train and to test on of what `folder` holds.
 
-    VOC2012 (also below VOCdevkit): SegmentationClass of train.txt, and SegmentationClassAug of
-    aug.txt, both as MMSegmentation's voc_aug.py leaves them; tested on val.txt. Cityscapes:
+    VOC2012 (also below VOCdevkit): SegmentationClass of train.txt, and `with_sbd` also
+    SegmentationClassAug of aug.txt, as convert_sbd.py leaves it; tested on val.txt. Cityscapes:
     leftImg8bit and gtFine, as torchvision reads them. Else train/images, train/masks and the same
     in val or test: files of equal stems, the masks with the numbers of the classes.
     """
@@ -48,7 +51,7 @@ def open_masks(folder: Path, classes: list[str] | None, ignore_index: int) -> tu
         if classes or ignore_index != IGNORED:
             fail("--classes and --ignore-index are for folders of masks: VOC and Cityscapes have "
                  "their own.")  # fmt: skip
-        return open_voc(year) if year else open_cityscapes(folder)
+        return open_voc(year, with_sbd) if year else open_cityscapes(folder)
     test = next((name for name in ("val", "test") if (folder / name / "masks").is_dir()), None)
     if test is None or not (folder / "train" / "masks").is_dir():
         fail(f"--data {folder} is none of VOC2012 (ImageSets/Segmentation), Cityscapes "
@@ -57,14 +60,16 @@ def open_masks(folder: Path, classes: list[str] | None, ignore_index: int) -> tu
     return open_folder(folder, test, classes, ignore_index)
 
 
-def open_voc(folder: Path) -> tuple[Masked, Masked]:
-    """VOC2012 with SBD's masks, 10,582 images, or without them."""
-    lists = {"train": "SegmentationClass", "aug": "SegmentationClassAug"}
-    found = {name: masks for name, masks in lists.items()
-             if (folder / "ImageSets" / "Segmentation" / f"{name}.txt").is_file()}  # fmt: skip
-    if "aug" not in found:
-        tell("no aug.txt: without SBD's masks, which the published figure includes")
-    train = [pair for name, masks in found.items() for pair in voc_pairs(folder, name, masks)]
+def open_voc(folder: Path, with_sbd: bool) -> tuple[Masked, Masked]:
+    """VOC2012: 10,582 images to train on with SBD's masks, 1,464 without."""
+    train = voc_pairs(folder, "train", "SegmentationClass")
+    aug = folder / "ImageSets" / "Segmentation" / "aug.txt"
+    if with_sbd and not aug.is_file():
+        fail(f"{aug} is missing: without SBD's masks there are {len(train)} images to train on; "
+             f"the published figures have {VOC12AUG.train}. Make it by examples/convert_sbd.py, or "
+             "train without it by --without-sbd.")  # fmt: skip
+    if with_sbd:
+        train += voc_pairs(folder, "aug", "SegmentationClassAug")
     test = voc_pairs(folder, "val", "SegmentationClass")
     classes = ["background", *voc.CLASSES]
     meaning = meanings(len(classes))

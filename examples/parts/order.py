@@ -32,6 +32,17 @@ def epoch_order(images: int, seed: int, epoch: int, shard: np.ndarray | None = N
     return order
 
 
+def in_pairs(order: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """`order` with both images of each two in a row of one kind; the odd one of a kind finds its
+    partner at the start. (MMDetection's GroupSampler, with two images a GPU.)"""
+    pairs = []
+    for kind in np.unique(kinds):
+        places = np.flatnonzero(kinds[order] == kind)
+        pairs.append(np.append(places, places[: len(places) % 2]).reshape(-1, 2))
+    both = np.concatenate(pairs)
+    return order[both[np.argsort(both[:, 0])]].ravel()
+
+
 @dataclass
 class Order(Sampler[np.ndarray]):
     """This process's images in the steps from `start` up to `stop`: (n, 2), epoch and image.
@@ -43,6 +54,8 @@ class Order(Sampler[np.ndarray]):
     `rest` says what becomes of the images beyond the last whole batch of an epoch: "drop" leaves
     them out of it, "join" fills their batch from the next epoch, "spread" makes one batch more and
     all of them equal to one image.
+
+    With `kinds` (N,), see in_pairs, an epoch has one image more for each kind of odd number.
     """
 
     images: int
@@ -53,9 +66,14 @@ class Order(Sampler[np.ndarray]):
     rest: Literal["drop", "join", "spread"] = "drop"
     passes: int = 1
     shard: np.ndarray | None = None
+    kinds: np.ndarray | None = None
     rank: int = field(default_factory=rank)
     world: int = field(default_factory=world_size)
     _order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
+
+    def __post_init__(self) -> None:
+        if self.kinds is not None:
+            self.images += int((np.unique(self.kinds, return_counts=True)[1] % 2).sum())
 
     @property
     def epoch_steps(self) -> int:
@@ -89,5 +107,9 @@ class Order(Sampler[np.ndarray]):
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
-            self._order = epoch, epoch_order(self.images, self.seed, epoch, self.shard)
+            if self.kinds is None:
+                order = epoch_order(self.images, self.seed, epoch, self.shard)
+            else:
+                order = in_pairs(epoch_order(len(self.kinds), self.seed, epoch), self.kinds)
+            self._order = epoch, order
         return self._order[1]

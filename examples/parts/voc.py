@@ -29,13 +29,23 @@ def first_words(path: Path) -> list[str]:
     return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
 
 
-def read_objects(path: Path) -> list[tuple[str, bool, ElementTree.Element]]:
-    """The class of each object of an annotation, whether it is difficult, and all else of it."""
+def read_annotation(path: Path) -> ElementTree.Element:
     try:
-        things = ElementTree.parse(path).getroot().findall("object")
+        return ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError) as error:
         fail(f"{path} cannot be read as an annotation of VOC's: {error}.")
+
+
+def objects_of(root: ElementTree.Element) -> list[tuple[str, bool, ElementTree.Element]]:
+    """The class of each object of an annotation, whether it is difficult, and all else of it."""
     return [
         (t.findtext("name", "").strip(), t.findtext("difficult", "").strip() == "1", t)
-        for t in things
+        for t in root.findall("object")
     ]
+
+
+def size_of(root: ElementTree.Element) -> dict[str, int]:
+    """The image's width and height in pixels, where the annotation has both."""
+    found = {side: root.findtext(f"size/{side}", "") for side in ("width", "height")}
+    known = all(text.isdigit() and int(text) for text in found.values())
+    return {side: int(text) for side, text in found.items()} if known else {}

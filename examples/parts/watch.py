@@ -325,9 +325,13 @@ def describe(learner: BYOL, plan: Any, source: Source, shards: int) -> None:
         f"here: {as_flags(other) or 'the same'}"
     )
     share = upsampled_share(source, recipe.image_size, plan.decode_size, recipe.crops[0][1])
+    together = plan.images * (plan.world if plan.sync_bn else 1)
     print(
         f"\nglobal batch {recipe.batch_size}: {plan.world} processes x {recipe.accumulate} passes "
         f"x {plan.images} images, on {plan.device.type}\n"
+        f"batch norm of the backbone spans {together} images, as accumulated passes do not share "
+        "it (4096 in the paper's runs and 16xb256, 256 in 8xb32-accum16)\n"
+        f"autocast: {plan.amp} (the published runs: none)\n"
         f"{len(source)} images, {plan.epoch_steps} steps an epoch, {plan.steps} steps\n"
         f"learning rate {plan.lr:g} after {plan.warmup_steps} steps of warm-up, "
         f"EMA decay {plan.decay:g}{'' if recipe.constant_decay else ' rising to 1'}\n"

@@ -75,6 +75,8 @@ PAPER_LRS = (0.4, 0.3, 0.2, 0.1, 0.05)
 MMSELFSUP_LINEAR = Protocol(90, 4096, base_lrs=(0.1,), optimizer="lars", by_epoch=True)
 # The same place: imagenet/resnet50_mhead_linear-8xb32-steplr-90e_in1k, places205/
 # resnet50_mhead_8xb32-steplr-28e_places205, inaturalist2018/resnet50_mhead_8xb32-steplr-84e_inat18.
+# All of branch 0.x, which measured the published figures: in 1.x the first has no feature1, and
+# inherits the milestones 60 and 80.
 MULTI_HEAD = Protocol(90, 256, (0.01,), weight_decay=1e-4, milestones=(30, 60), batch_norm=True)
 PLACES205 = replace(MULTI_HEAD, epochs=28, milestones=(7, 14, 21))
 INATURALIST = replace(MULTI_HEAD, epochs=84, milestones=(24, 48, 72))
