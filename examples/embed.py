@@ -20,15 +20,14 @@ from parts import openmp  # noqa: F401, before torch
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from parts.backbone import Facts, open_backbone
 from parts.flags import common_flags, set_up
 from parts.labelled import Transform, evaluation_transform
 from parts.machine import Machine
-from parts.processes import fail, tell
+from parts.neighbours import Answer, draw, nearest
+from parts.processes import fail, launch, tell
 from parts.sources import Source, open_data, picture
-from parts.tables import Cell, write_results, write_whole
-from PIL import ImageOps
+from parts.tables import write_results, write_whole
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -36,8 +35,7 @@ from byol_pytorch.checkpoint import replacing
 from byol_pytorch.evaluation.neighbours import nearest_neighbours
 
 QUERIES = 6  # drawn where none is given
-SHOWN_PAIRS = 12  # in the picture; the table has them all
-TILE = 112  # pixels of an image in the picture
+SHOWN_PAIRS, LISTED = 12, 200  # at most, in the picture and in the table
 
 
 @dataclass
@@ -58,25 +56,14 @@ class Readable(Dataset[tuple[Tensor, int]]):
             return torch.zeros(3, self.size, self.size), 0
 
 
-@dataclass
-class Answer:
-    """A table, and rows of images with their captions."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[Cell]]
-    groups: list[list[int]]  # rows of the embeddings
-    captions: list[list[str]]
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     machine = set_up(args, join=False)
-    source = open_data(args.data)[0]
+    source = open_data(args.data, args.max_value)[0]
     queries = query_numbers(args.query or [], source, args.data)
     if not args.query:
-        drawn = np.random.default_rng(args.seed).permutation(len(source))
-        queries = [int(i) for i in drawn[:QUERIES]]
+        order = np.random.default_rng(args.seed).permutation(len(source))
+        queries = order[:QUERIES].tolist()
     net, facts = open_backbone(args)
     found, kept = embed(net, source, facts, machine)
     if len(kept) < 2:
@@ -96,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     write_results(args, answer.title, answer.columns, answer.rows, facts)
     if answer.groups:
         draw(args.output / "neighbours.png", source, kept, answer)
-    tell(f"{len(names)} embeddings of {found.shape[1]} values and the picture are in {args.output}")
+    drawn = ", and the picture" if answer.groups else ""
+    tell(f"{len(names)} embeddings of {found.shape[1]} values{drawn} are in {args.output}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -151,35 +139,21 @@ def embed(
     return found[kept], kept.tolist()
 
 
-def nearest(found: Tensor, names: list[str], queries: list[int], k: int) -> Answer:
-    """The k nearest others of each query."""
-    k = min(k, len(names) - 1)
-    cosines, numbers = nearest_neighbours(found, found[queries], k=k + 1)
-    others = numbers != torch.tensor(queries)[:, None]
-    # Where more than k others are its equal, the query may be missing: then the last one goes.
-    others[others.all(1), -1] = False
-    closest = numbers[others].view(-1, k).tolist()
-    near = cosines[others].view(-1, k).tolist()
-    rows: list[list[Cell]] = [
-        [names[q], *(f"{names[j]} ({c:.3f})" for j, c in zip(js, cs, strict=True))]
-        for q, js, cs in zip(queries, closest, near, strict=True)
-    ]
-    return Answer(
-        f"Nearest of {len(names)} images, and their cosine",
-        ["query", *(f"{i + 1}." for i in range(k))],
-        rows,
-        [[q, *js] for q, js in zip(queries, closest, strict=True)],
-        [["query", *(f"{c:.3f}" for c in cs)] for cs in near],
-    )
-
-
 def alike(found: Tensor, names: list[str], least: float) -> Answer:
-    """All pairs at that cosine or a greater one."""
+    """The pairs at that cosine or a greater one, the most alike first."""
     pairs = near_duplicates(found, least)
+    title = f"{len(pairs)} pairs of {len(names)} images at a cosine of {least:g} or more"
+    if len(pairs) > LISTED:
+        title += f", the first {LISTED}"
+        closest = nearest_neighbours(found, k=1)[0].flatten()
+        tell(
+            "that is much for duplicates: one image in 100 has another at a cosine of "
+            f"{closest.quantile(0.99):.4f} or more, which --duplicates could begin with"
+        )
     return Answer(
-        f"{len(pairs)} pairs of {len(names)} images at a cosine of {least:g} or more",
+        title,
         ["image", "its like", "cosine"],
-        [[names[a], names[b], f"{cosine:.4f}"] for a, b, cosine in pairs],
+        [[names[a], names[b], f"{cosine:.4f}"] for a, b, cosine in pairs[:LISTED]],
         [[a, b] for a, b, _ in pairs[:SHOWN_PAIRS]],
         [["", f"{cosine:.3f}"] for *_, cosine in pairs[:SHOWN_PAIRS]],
     )
@@ -198,21 +172,5 @@ def near_duplicates(found: Tensor, least: float, k: int = 20) -> list[tuple[int,
     return sorted(pairs, key=lambda pair: (-pair[2], *pair[:2]))
 
 
-def draw(path: Path, source: Source, kept: list[int], answer: Answer) -> None:
-    """One row a group, its images from left to right with their captions."""
-    columns = max(map(len, answer.groups))
-    figure = Figure((1.3 * columns, 1.55 * len(answer.groups)), layout="constrained")
-    axes = figure.subplots(len(answer.groups), columns, squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for row, group, captions in zip(axes, answer.groups, answer.captions, strict=True):
-        for ax, number, caption in zip(row, group, captions, strict=False):
-            ax.imshow(ImageOps.fit(picture(source, kept[number]), (TILE, TILE)))
-            name = Path(source.name(kept[number])).name[-18:]
-            ax.set_title(f"{caption}\n{name}".strip(), fontsize=6)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=150)
-
-
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -21,7 +21,7 @@ import torch
 from parts.backbone import open_backbone
 from parts.flags import common_flags, set_up
 from parts.labelled import Labelled, evaluation_images, open_images
-from parts.processes import fail, leave_processes, rank, summed, tell, world_size
+from parts.processes import fail, launch, leave_processes, rank, summed, tell, world_size
 from parts.published import IMAGENET
 from parts.tables import write_results
 from torch import Tensor
@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> None:
     train, test = (
         chosen(evaluation_images(part, facts, bilinear=True), wanted, args.seed)
         for part, wanted in zip(
-            open_images(args.data), (args.train_images, args.test_images), strict=True
+            open_images(args.data, args.max_value),
+            (args.train_images, args.test_images),
+            strict=True,
         )
     )
     ks = fitting(args.k, len(train))
@@ -130,4 +132,4 @@ def accuracies(
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -37,7 +37,7 @@ from parts.labelled import (
 )
 from parts.linear_views import VIEWS, views
 from parts.machine import Machine
-from parts.processes import fail, leave_processes, rank, tell, world_size
+from parts.processes import fail, launch, leave_processes, rank, tell, world_size
 from parts.published import IMAGENET, INATURALIST2018, DataSet
 from parts.published import PLACES205 as PLACES205_DATA
 from parts.resume import LastState, identity, the_only_run
@@ -124,7 +124,11 @@ FLAG = {name: name for name in HELP} | {"batch_size": "total_batch"}
 def main(argv: list[str] | None = None) -> None:
     args, protocol, machine = parse(argv)
     evaluation = EVALUATIONS[args.protocol]
-    train, test = (None, open_tests(args.data)) if args.test_only else open_images(args.data)
+    train, test = (
+        (None, open_tests(args.data, args.max_value))
+        if args.test_only
+        else open_images(args.data, args.max_value)
+    )
     net, facts = open_backbone(args)
     stages = stages_of(net, args.stages, args.protocol, args.model) if evaluation.stages else None
     view, look = views(args.views or evaluation.views, facts, whole=test[0].size is not None)
@@ -439,4 +443,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -25,8 +25,8 @@ from parts import voc
 from parts.backbone import Facts, open_backbone
 from parts.decoding import CENTRE
 from parts.flags import common_flags, set_up
-from parts.labelled import Labelled, Transform, as_tensor, evaluation_transform, open_images
-from parts.processes import fail, tell
+from parts.labelled import Chosen, Labelled, Transform, as_tensor, evaluation_transform, open_images
+from parts.processes import fail, launch, tell
 from parts.published import VOC07
 from parts.tables import Cell, write_results
 from PIL import Image
@@ -102,7 +102,9 @@ def main(argv: list[str] | None = None) -> None:
         splits = (args.train_split, args.test_split)
         train, test, classes = open_voc(folder, splits, args.classes, counts, args.seed, view)
     else:
-        train, test, classes = open_classes(args.data, counts, args.seed, view)
+        train, test, classes = open_classes(
+            open_images(args.data, args.max_value), counts, args.seed, view
+        )
     few, many = train.labels, test.labels
     tell(f"{len(few)} images to train on, {len(many)} to test on, {len(classes)} classes")
     svm, low_shot = {}, {}
@@ -259,12 +261,12 @@ class VOCImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 def open_classes(
-    data: Path, counts: tuple[int | None, int | None], seed: int, view: View
+    data: tuple[Chosen, Chosen], counts: tuple[int | None, int | None], seed: int, view: View
 ) -> tuple[Labelled, Labelled, list[str]]:
     """Training and test images of one class each, at most `counts` of them, and the classes."""
     train, test = (
         Labelled(source, view(source.size is not None), indices[draw(len(indices), count, seed)])
-        for (source, indices), count in zip(open_images(data), counts, strict=True)
+        for (source, indices), count in zip(data, counts, strict=True)
     )
     return train, test, [str(c) for c in range(max(train.labels.max(), test.labels.max()) + 1)]
 
@@ -330,4 +332,4 @@ def annotated(folder: Path, names: list[str]) -> dict[str, dict[str, int]]:
 
 if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # without the line of code
-    main()
+    launch(main)

@@ -40,6 +40,7 @@ from parts.machine import Machine
 from parts.order import seed_of
 from parts.processes import (
     fail,
+    launch,
     leave_processes,
     parallel,
     rank,
@@ -106,7 +107,7 @@ PUBLISHED = {
 
 def main(argv: list[str] | None = None) -> None:
     args, settings, machine = parse(argv)
-    (source, every), test = open_images(args.data)
+    (source, every), test = open_images(args.data, args.max_value)
     classes = int(source.labels[every].max()) + 1
     if args.label_list:
         numbers = listed((source, every), args.label_list)
@@ -347,4 +348,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -36,7 +36,7 @@ from parts.detector import build_detector
 from parts.finetuning import Figures, check_shares, fine_tune, one_by_one, save_rows
 from parts.flags import check_at_least, flag, parse_protocol, protocol_parser, set_up
 from parts.machine import Machine
-from parts.processes import fail, leave_processes, rank, tell, world_size
+from parts.processes import fail, launch, leave_processes, rank, tell, world_size
 from parts.published import COCO2017, VOC0712, DataSet
 from parts.tables import Cell, write_results
 from torchvision.models.detection import FasterRCNN
@@ -226,4 +226,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

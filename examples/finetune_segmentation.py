@@ -28,7 +28,7 @@ from parts.finetuning import Figures, check_shares, fine_tune, one_by_one, save_
 from parts.flags import flag, parse_protocol, protocol_parser, set_up
 from parts.machine import Machine
 from parts.masks import IGNORED, Masked, open_masks
-from parts.processes import fail, leave_processes, rank, summed, tell, world_size
+from parts.processes import fail, launch, leave_processes, rank, summed, tell, world_size
 from parts.published import VOC12AUG as VOC12AUG_DATA
 from parts.tables import Cell, write_results
 from torch import Tensor, nn
@@ -409,4 +409,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -24,15 +25,18 @@ from parts import openmp  # noqa: F401, before torch
 import timm
 import torch
 import torch.distributed as dist
-from parts.backbone import shrink_stem, timm_model
+from parts.amount import by_amount
+from parts.backbone import shrink_stem, timm_model, what_next
 from parts.decoding import Crop
-from parts.flags import flag, with_flags
+from parts.flags import MAX_VALUE_HELP, WithDefaults, flag, json_object, with_flags
 from parts.journal import Journal
 from parts.order import seed_of
 from parts.processes import (
     asked_to_stop,
     fail,
     join_processes,
+    launch,
+    leave_after,
     leave_processes,
     parallel,
     rank,
@@ -143,6 +147,9 @@ RECIPES = {
         epochs=300, base_lr=1.5e-4, weight_decay=0.1, base_decay=0.99, warmup_epochs=40,
         optimizer="adamw", model="vit_base_patch16_224", freeze="patch_embed",
     ),
+    # DeepMind's settings for 100 epochs at lightly's batch of 256 (its ImageNet benchmark); epochs,
+    # batch and decay then follow the number of images.
+    "own": replace(PAPER_100, batch_size=256),
     # lightly's CIFAR-10 benchmark (docs.lightly.ai, benchmarks): lr 0.06 at 128 images; its loss is
     # a quarter of this one. It decays biases and norms too, this does not.
     "small": Recipe(
@@ -171,6 +178,7 @@ class Plan:
     amp: str
     identity: dict[str, Any]  # what a resumed run must have in common
     watching: Watching
+    data: Path
     output: Path
     seed: int
     init_from: str | None
@@ -203,23 +211,26 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    source, test = open_data(args.data)
+    source, test = open_data(args.data, args.max_value, args.max_bad)
     check_output(args.output, source)
     if args.held_out is not None:
         source, test = hold_out(source, args.held_out)
         if not (test.labels >= 0).any():
             fail(f"--held-out {args.held_out}: they have no labels to ask for, so leave it out.")
+    if args.recipe == "own":
+        recipe = for_own_images(recipe, args, len(source))
     plan = make_plan(recipe, args, source, device, rank(), world_size())
-    if not args.dry_run:
-        pretrain(plan, source, test)
+    came = [] if args.dry_run else pretrain(plan, source, test)
     leave_processes()
+    leave_after(came)
     if args.dry_run and plan.rank == 0:  # alone, on the whole learner
         shards = plan.world if plan.fsdp else 1
         plan = replace(plan, fsdp=False, compile=False)
         describe(build_learner(plan), plan, source, shards)
 
 
-def pretrain(plan: Plan, source: Source, test: Source | None) -> None:
+def pretrain(plan: Plan, source: Source, test: Source | None) -> list[int]:
+    """The signals by which the run was stopped before its end."""
     last, stop = plan.output / "last.pt", asked_to_stop()
     with the_only_run(plan.output):
         state = read_state(last, plan.identity, " (from these weights: --init-from)")
@@ -233,9 +244,12 @@ def pretrain(plan: Plan, source: Source, test: Source | None) -> None:
         if state:
             journal.note(step, what_changed(state["layout"], plan.setup()))
         watch = Watch(plan, run, journal, source, test)
-        if train(run, Views(plan, source, learner.normalisation), watch, plan, stop):
-            export(learner, journal, plan.output / "backbone.safetensors")
+        finished = train(run, Views(plan, source, learner.normalisation), watch, plan, stop)
+        if finished:
+            export(learner, journal, plan, source)
+            watch.show_neighbours()
         journal.close()
+    return [] if finished else stop
 
 
 def train(run: Run, views: Views, watch: Watch, plan: Plan, stop: list[int]) -> bool:
@@ -297,6 +311,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     parser = argparse.ArgumentParser(
         description="Pre-train a timm backbone with BYOL. The same command goes on where an "
         "earlier one was stopped.",
+        formatter_class=WithDefaults,
     )
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--data", type=Path, required=True, help="image folder, CIFAR, STL-10, .npz or tar shards")
@@ -312,25 +327,32 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     add("--lr", type=float, help="peak learning rate itself, instead of --base-lr")
     add("--steps", type=int, help="optimizer steps, instead of --epochs; warm-up keeps its share")
     add("--scale-decay", action="store_true", help="--base-decay for the recipe's batch, to yours")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, order, crops and views")
     add("--held-out", type=int, help="images of --data to test on instead of its own test images")
     add("--max-minutes", type=float, help="then save and stop, between two steps; go on as always")
     add("--decode-size", type=int, help="fast mode: crops on the device from squares of this side")
     add("--init-from", help="a file of weights, or 'timm' for timm's own")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--workers", type=int, default=min(12, os.cpu_count() or 1), help="a process")
-    add("--amp", choices=["auto", "none", "bf16", "fp16"], default="auto")
-    add("--compile", action="store_true")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch's name")
+    add(
+        "--workers",
+        type=int,
+        default=min(12, os.cpu_count() or 1),
+        help="that decode, for each process",
+    )
+    add("--amp", choices=["auto", "none", "bf16", "fp16"], default="auto",
+        help="precision of the passes; auto is bf16 on CUDA, none elsewhere")  # fmt: skip
+    add("--compile", action="store_true", help="the learner and its views, by torch.compile")
     add("--fsdp", action="store_true", help="shard weights and optimizer over the processes")
-    add("--channels-last", action=switch, default=True)
+    add("--channels-last", action=switch, default=True, help="memory format of weights and views")
     add("--sync-bn", action=switch, default=True, help="the backbone's, over all processes")
-    add("--save-every", type=int, default=500, help="steps")
-    add("--log-every", type=int, default=10, help="steps")
+    add("--save-every", type=int, default=500, help="steps between states in last.pt")
+    add("--log-every", type=int, default=10, help="steps between lines of figures")
     add("--health-every", type=int, default=500, help="steps between looks for collapse")
     add("--knn-every", type=int, default=10, help="epochs between kNN accuracies, 0 for none")
     add("--knn-images", type=int, default=20_000, help="at most so many, a fifth of them asked")
     add("--knn-neighbours", type=int, default=20, help="that vote, or all where there are fewer")
     add("--knn-temperature", type=float, default=0.07, help="a vote counts exp(cosine / it)")
+    add("--max-value", type=float, help=MAX_VALUE_HELP)
     add("--max-bad", type=float, default=0.01, help="part of the images that may be unreadable")
     add("--max-skipped", type=int, default=20, help="non-finite steps in a row before stopping")
     add("--dry-run", action="store_true", help="print what would run")
@@ -345,14 +367,12 @@ def parse_arguments(argv: list[str] | None) -> tuple[Recipe, argparse.Namespace]
     return recipe, args
 
 
-def json_object(flag: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        fail(f"{flag} {text} is no JSON object, such as '{{\"name\": 0.1}}'.")
-    return value
+def for_own_images(recipe: Recipe, args: argparse.Namespace, images: int) -> Recipe:
+    """--recipe own for so many images: what is not given as a flag follows from their number."""
+    settings = by_amount(images)
+    if args.init_from:  # a tenth leaves trained weights near where they are
+        settings["base_lr"] = recipe.base_lr / 10
+    return with_flags(replace(recipe, **settings), args)
 
 
 def check(recipe: Recipe, args: argparse.Namespace) -> None:
@@ -379,8 +399,10 @@ def check(recipe: Recipe, args: argparse.Namespace) -> None:
             fail(f"--{low[0].replace('_', '-')} must be {least} or more.")
     if args.knn_images < 5:
         fail(f"--knn-images {args.knn_images} asks for a fifth of them, which is none: give 5.")
-    if not 0 < args.knn_temperature < math.inf:
-        fail(f"--knn-temperature {args.knn_temperature} is not above 0.")
+    for name in ("knn_temperature", "max_value"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            fail(f"--{name.replace('_', '-')} {value} is not above 0.")
     if not 0 <= recipe.base_decay <= 1:
         fail(f"--base-decay {recipe.base_decay} is not in [0, 1].")
     if not 0 < recipe.layer_decay <= 1:
@@ -434,11 +456,21 @@ def make_plan(
         amp = "bf16" if device.type == "cuda" else "none"
     identity = asdict(recipe) | {"lr": lr, "steps": steps, "base_decay": decay, "amp": amp}
     identity |= {
-        name: getattr(args, name) for name in ("seed", "decode_size", "init_from", "held_out")
+        name: getattr(args, name)
+        for name in ("seed", "decode_size", "init_from", "held_out", "max_value")
     }
     identity |= {"images": len(source), "names of the images": source.fingerprint()}
     del identity["accumulate"]  # with other devices another one may be needed
-    as_given = ("output", "seed", "init_from", "decode_size", "workers", "save_every", "stop_at")
+    as_given = (
+        "data",
+        "output",
+        "seed",
+        "init_from",
+        "decode_size",
+        "workers",
+        "save_every",
+        "stop_at",
+    )
     as_given += ("fsdp", "compile", "channels_last", "sync_bn")
     return Plan(
         recipe, device, rank, world, recipe.batch_size // parts, epoch_steps, steps,
@@ -505,10 +537,12 @@ def frozen(net: nn.Module, name: str) -> nn.Module:
 
 
 def make_net(recipe: Recipe, pretrained: bool) -> nn.Module:
-    options = {"pretrained": pretrained, **recipe.model_args}
-    net = timm_model(recipe.model, recipe.image_size, options)
+    net, _ = timm_model(recipe.model, recipe.image_size, recipe.model_args, pretrained)
     if recipe.small_stem:
-        shrink_stem(net)
+        try:
+            shrink_stem(net)
+        except ValueError as error:
+            raise ValueError(f"{error}; --no-small-stem where the recipe has it") from None
     return checkpoint.same_padding(net) if recipe.same_padding else net
 
 
@@ -570,13 +604,23 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def export(learner: BYOL, journal: Journal, path: Path) -> None:
+def export(learner: BYOL, journal: Journal, plan: Plan, source: Source) -> None:
+    """Write the backbone, with what builds it, and say what can be done with it."""
+    recipe, path = plan.recipe, plan.output / "backbone.safetensors"
+    _, built_with = timm_model(recipe.model, recipe.image_size, recipe.model_args)
     try:
-        checkpoint.export_backbone(learner, path)
+        # A stem that timm has not cannot be built by arguments.
+        args = None if recipe.small_stem else built_with
+        checkpoint.export_backbone(learner, path, model_args=args)
     except OSError as error:
         fail(f"{path} cannot be written: {error}. Start again to write it from last.pt.")
     journal.note(journal.step, f"done, the backbone is in {path}")
+    flags = " --small-stem" if recipe.small_stem else ""
+    if source.max_value is not None:
+        flags += f" --max-value {source.max_value:g}"
+    labelled = bool((source.labels >= 0).any())
+    journal.tell(what_next(path, shlex.quote(str(plan.data)), labelled, flags))
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -10,6 +10,8 @@ table and the picture label_efficiency.png in OUTPUT; fine-tuning goes on where 
 
 import argparse
 import json
+import math
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,14 @@ from parts import openmp  # noqa: F401, before torch
 import finetune_classification
 import torch
 from matplotlib.figure import Figure
-from parts.backbone import open_backbone
+from parts.backbone import fill_in_model, open_backbone
 from parts.flags import common_flags, set_up
 from parts.labelled import balanced, evaluation_images, open_images
-from parts.processes import fail, tell
-from parts.tables import Cell, write_results
+from parts.processes import fail, launch, tell
+from parts.tables import Cell, drawn, write_results
 from torch import Tensor
 
+from byol_pytorch import checkpoint
 from byol_pytorch.checkpoint import replacing
 from byol_pytorch.evaluation.knn import knn_accuracy
 from byol_pytorch.evaluation.linear import linear_probe
@@ -42,14 +45,16 @@ Figures = dict[tuple[str, str, float], float]  # by start, measure and percent o
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    one_model_and_size(args)
     machine = set_up(args, join=False)
-    train, test = open_images(args.data)
+    train, test = open_images(args.data, args.max_value)
     source, numbers = train
     parts = {p: balanced(source.labels[numbers], p, args.seed) for p in args.labels}
     figures: Figures = {}
     for start in args.starts:
         frozen = argparse.Namespace(**{**vars(args), "checkpoint": weights(start)})
         net, facts = open_backbone(frozen)
+        args.image_size = facts.image_size
         (bank, labels), (queries, truth) = (
             machine.features(net, evaluation_images(part, facts)) for part in (train, test)
         )
@@ -63,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
             figures[start, "fine-tuned", percent] = fine_tuned(start, percent, args)
             tell("  ".join(f"{m} {figures[start, m, percent]:.2f} %" for m in MEASURES)
                  + f"  ({start}, {percent:g} % of the labels, {len(kept)} images)")  # fmt: skip
-    report(figures, {percent: len(kept) for percent, kept in parts.items()}, args)
+    chance = 100 * truth.bincount().max().item() / len(truth)
+    report(figures, {p: len(kept) for p, kept in parts.items()}, len(truth), chance, args)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -95,6 +101,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def one_model_and_size(args: argparse.Namespace) -> None:
+    """The model and the image size of the files among the starts, for all of them: what is shown
+    larger would look better than it is."""
+    files = [start for start in args.starts if start not in ("random", "timm")]
+    fill_in_model(args, files[0] if files else None)
+    sizes: list[int] = []
+    for file in files:
+        with suppress(ValueError):  # open_backbone names it
+            sizes += checkpoint.facts(file).get("image_size", ())
+    args.image_size = args.image_size or max(sizes, default=None)
+
+
 def weights(start: str) -> str | None:
     return None if start == "random" else start
 
@@ -120,7 +138,7 @@ def fine_tuned(start: str, percent: float, args: argparse.Namespace) -> float:
     )
     output = args.output / f"{name}-{percent:g}"
     shared = ("data", "model", "image_size", "batch_size", "workers", "device", "seed", "dtype",
-              "padding")  # fmt: skip
+              "padding", "max_value")  # fmt: skip
     given = {name.replace("_", "-"): getattr(args, name) for name in shared}
     given |= {"model-args": json.dumps(args.model_args), "labels": percent, "output": output}
     given["checkpoint"] = weights(start)
@@ -131,7 +149,11 @@ def fine_tuned(start: str, percent: float, args: argparse.Namespace) -> float:
     return 100 * float(history[-1]["top1"])
 
 
-def report(figures: Figures, images: dict[float, int], args: argparse.Namespace) -> None:
+def report(
+    figures: Figures, images: dict[float, int], tested: int, chance: float, args: argparse.Namespace
+) -> None:
+    """The table and the picture; `tested` images were asked, of which `chance` percent would be
+    right by naming the commonest class."""
     columns = ["top-1, %", "start", *(f"{p:g} % ({n} images)" for p, n in images.items())]
     rows: list[list[Cell]] = [
         [measure, Path(start).name, *(figures[start, measure, percent] for percent in images)]
@@ -139,14 +161,19 @@ def report(figures: Figures, images: dict[float, int], args: argparse.Namespace)
         for start in args.starts
     ]
     content: dict[str, Any] = {"images": {f"{p:g}": n for p, n in images.items()}}
-    title = f"Accuracy by labels, {args.model}, {args.data.name}"
+    content |= {"test images": tested, "chance": chance}
+    title = f"Accuracy by labels, {args.model}, {args.image_size} px, {args.data.name}"
     write_results(args, title, columns, rows, None, content)
     figure = Figure((4 * len(MEASURES), 3.4), layout="constrained")
+    figure.suptitle(f"{title}, {tested} test images; bars: one standard error", fontsize=9)
     axes = figure.subplots(1, len(MEASURES), sharey=True)
     for ax, measure in zip(axes, MEASURES, strict=True):
         for start in args.starts:
             values = [figures[start, measure, percent] for percent in images]
-            ax.plot(list(images.values()), values, marker="o", label=Path(start).name)
+            errors = [math.sqrt(v * (100 - v) / tested) for v in values]
+            label = drawn(Path(start).name)
+            ax.errorbar(list(images.values()), values, errors, marker="o", capsize=3, label=label)
+        ax.axhline(chance, color="0.5", linestyle=":", label="chance")
         ax.set(title=measure, xlabel="labelled images", xscale="log")
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("top-1 accuracy, %")
@@ -157,4 +184,4 @@ def report(figures: Figures, images: dict[float, int], args: argparse.Namespace)
 
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
-    main()
+    launch(main)

@@ -1,4 +1,4 @@
-"""Train BYOL on real photographs in about two minutes and see that the features got better.
+"""Train BYOL on real photographs in about two minutes and see whether the features got better.
 
 Here: the recipe, the training loop and the figures. parts/photographs.py has the images,
 parts/report.py the table, the picture and the files that a run leaves.
@@ -6,10 +6,13 @@ parts/report.py the table, the picture and the files that a run leaves.
 
 import argparse
 import difflib
+import json
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +24,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from parts import report
-from parts.photographs import Pictures, find_images, photograph_windows, read_images
-from parts.processes import fail
+from parts.amount import base_decay
+from parts.backbone import timm_model, what_next
+from parts.flags import MAX_VALUE_HELP, WithDefaults, json_object
+from parts.photographs import Pictures, photograph_windows, read_folder
+from parts.processes import fail, launch, leave_after, until_asked_to_stop
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
@@ -44,8 +50,6 @@ class QuickstartRecipe:
     lr: float = 2e-3
     weight_decay: float = 1e-4
     warmup: float = 0.1  # part of the steps; a half cosine to 0 follows
-    # The paper's 0.996 (section 3.2) is for a million updates: the target must follow faster here.
-    base_decay: float = 0.97
     projection_size: int = 256
     projection_hidden_size: int = 1024
     # Changes of the paper's views for the built-in windows, which colour tells apart more than it
@@ -74,29 +78,41 @@ class History:
     seconds: float = 0.0
     ideal_std: float = RECIPE.projection_size**-0.5  # of features spread evenly over the sphere
 
+    @property
+    def shown(self) -> str:
+        return f"feature_std={self.health[-1]['feature_std']:.4f}"
+
 
 def main() -> None:
     args = parse_arguments()
     device = pick_device()
     report.prepare(args.output, args.json)
     # Bad input is found before the long work.
-    listing = find_images(args.data, args.image_size, args.batch_size) if args.data else None
     options = model_options(args.model, args.image_size)
     build_learner(args, options, device, seed=0, announce=True)
     pictures = (
-        read_images(listing, args.batch_size)
-        if listing
+        read_folder(args.data, args.image_size, args.batch_size, args.max_value)
+        if args.data
         else photograph_windows(args.image_size, args.batch_size)
     )
     describe(args, pictures, device)
 
     card = describe_backbone(args, options)
     pixels = knn_figures(raw_pixels(pictures, args.image_size), pictures)
-    runs = []
+    runs: list[dict[str, Any]] = []
+    backbone = args.output / "backbone.safetensors"
     for seed in range(args.seeds):
         learner = build_learner(args, options, device, seed)
         before = embed(learner, pictures, args.image_size)
-        history = train(learner, pictures.train, args, seed)
+        with until_asked_to_stop() as stop:
+            history = train(learner, pictures.train, args, seed, stop)
+        if seed == 0:
+            checkpoint.export_backbone(learner, backbone, model_args=options)
+        if stop:
+            done = f"{len(history.losses)} steps" if seed == 0 else f"{seed} seeds"
+            print(f"stopped after {done}: saved {backbone}")
+            leave_after(stop)
+            return
         after = embed(learner, pictures, args.image_size)
         accuracy = {
             "raw pixels": pixels,
@@ -106,13 +122,10 @@ def main() -> None:
         runs.append({"seed": seed, "knn": accuracy, "history": history})
         report.print_seed(seed, accuracy, history.seconds)
         if seed == 0:
-            checkpoint.export_backbone(learner, args.output / "backbone.safetensors")
             report.draw(
                 args.output / "report.png",
                 pictures,
-                examples=views_to_show(
-                    pictures.train, views(args.image_size, windows=args.data is None)
-                ),
+                examples=views_to_show(pictures.train, args.views),
                 history=history,
                 accuracy=accuracy,
                 features={args.start: before, "trained backbone": after},
@@ -121,7 +134,11 @@ def main() -> None:
     report.print_table(runs, pictures)
     if args.json:
         report.save_json(args.json, runs, pictures, card | {"device": str(device)})
+    for sentence in report.verdicts(runs, pictures):
+        print(sentence)
     report.print_outcome(args.output, card, pictures.unreadable)
+    data = shlex.quote(str(args.data)) if args.data else "FOLDER"
+    print(f"\nWhat can follow:\n{what_next(backbone, data, bool(args.data and pictures.classes))}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -130,7 +147,7 @@ def parse_arguments() -> argparse.Namespace:
         "cut from 20 photographs that scikit-image and scikit-learn ship (no download), on CUDA, "
         "MPS or the CPU, whichever is there. Leaves a picture (report.png) and the trained "
         "backbone (backbone.safetensors, for timm).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=WithDefaults,
     )
     add = parser.add_argument
     add(
@@ -147,6 +164,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="weights to start from: .safetensors, or a state_dict in .pt or .pth",
     )
+    add(
+        "--view-args",
+        type=partial(json_object, "--view-args"),
+        help="JSON, what differs from the paper's views: arguments of augment.byol_views, such as "
+        "'{\"hue\": 0}' for stained cells",
+    )
+    add("--max-value", type=float, help=MAX_VALUE_HELP)
     add("--image-size", type=positive_int, help="pixels; 32, and with --data 64")
     add("--batch-size", type=positive_int, default=RECIPE.batch_size, help="images a step")
     add("--steps", type=positive_int, default=RECIPE.steps, help="optimizer steps")
@@ -159,8 +183,16 @@ def parse_arguments() -> argparse.Namespace:
     args.start = "initial backbone" if args.init_from else "untrained backbone"
     if args.batch_size < 2:
         fail("--batch-size is 1, and batch normalisation needs 2 images or more.")
-    if args.minutes is not None and not args.minutes > 0:
-        fail(f"--minutes is {args.minutes:g}; expected more than 0.")
+    for name in ("minutes", "max_value"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            fail(f"--{name.replace('_', '-')} is {value:g}; expected more than 0.")
+    if args.view_args is None:
+        args.view_args = {} if args.data else RECIPE.window_views
+    try:
+        args.views = byol_views(args.image_size, channels_last=True, **args.view_args)
+    except (ValueError, TypeError) as error:
+        fail(f"--view-args {json.dumps(args.view_args)} makes no views: {error}")
     return args
 
 
@@ -197,14 +229,12 @@ def model_options(model: str, image_size: int) -> dict[str, Any]:
         near = difflib.get_close_matches(model, timm.list_models(), n=4, cutoff=0.5)
         hint = f"Near names: {', '.join(near)}." if near else "timm.list_models() has the names."
         fail(f"--model {model!r} is not a model of timm. {hint}")
-    options = {"num_classes": 0} | (RECIPE.model_options if model == RECIPE.model else {})
     try:
-        timm.create_model(model, **options, img_size=image_size)
-    except TypeError:
-        return options
+        return timm_model(model, image_size, RECIPE.model_options if model == RECIPE.model else {})[
+            1
+        ]
     except UNFIT as error:
         fail_to_fit(model, image_size, error)
-    return options | {"img_size": image_size}
 
 
 def build_learner(
@@ -224,7 +254,7 @@ def build_learner(
             args.image_size,
             projection_size=RECIPE.projection_size,
             projection_hidden_size=RECIPE.projection_hidden_size,
-            moving_average_decay=RECIPE.base_decay,
+            moving_average_decay=base_decay(args.steps),
             total_steps=args.steps,
         )
     except UNFIT as error:
@@ -261,14 +291,16 @@ def init_from(path: Path, net: nn.Module, announce: bool) -> None:
                 print(f"  {what}: {', '.join(shown)} ({len(names)})")
 
 
-def train(learner: BYOL, images: Tensor, args: argparse.Namespace, seed: int) -> History:
-    """The whole of BYOL's training loop."""
+def train(
+    learner: BYOL, images: Tensor, args: argparse.Namespace, seed: int, stop: list[int]
+) -> History:
+    """The whole of BYOL's training loop, until `stop` holds something."""
     device = next(learner.parameters()).device
     optimizer = torch.optim.AdamW(
         learner.parameters(), lr=RECIPE.lr, weight_decay=RECIPE.weight_decay
     )
     history, losses, start = History(), [], time.monotonic()
-    first_view, second_view = views(args.image_size, windows=args.data is None)
+    first_view, second_view = args.views
     healthy = center_crop(images[:: max(1, len(images) // HEALTH_BATCH)], args.image_size)
     healthy = healthy[:HEALTH_BATCH].to(device)
     batches = endless_batches(len(images), args.batch_size, seed)
@@ -284,13 +316,17 @@ def train(learner: BYOL, images: Tensor, args: argparse.Namespace, seed: int) ->
 
         losses.append(loss.detach())
         late = args.minutes is not None and time.monotonic() - start > 60 * args.minutes
-        if step % HEALTH_EVERY == 0 or step == args.steps - 1 or late:
+        last = step == args.steps - 1 or late or bool(stop)
+        if step % HEALTH_EVERY == 0 or last:
             history.losses += torch.stack(losses).tolist()
             history.health.append({"step": step, **learner.diagnostics(healthy)})
             losses.clear()
             show(bar, history)
+        elif device.type == "cpu":  # others would have to wait for it
+            bar.set_postfix_str(f"loss={losses[-1].item():.3f}, {history.shown}", refresh=False)
         if late:
             tqdm.write(f"--minutes {args.minutes:g} is over: stopped after {step + 1} steps")
+        if last:
             break
     bar.close()
     history.seconds = time.monotonic() - start
@@ -299,8 +335,8 @@ def train(learner: BYOL, images: Tensor, args: argparse.Namespace, seed: int) ->
 
 def show(bar: tqdm, history: History) -> None:
     """The latest figures beside the progress bar; the end of the run where they are no numbers."""
-    loss, feature_std = history.losses[-1], history.health[-1]["feature_std"]
-    bar.set_postfix(loss=f"{loss:.3f}", feature_std=f"{feature_std:.4f}")
+    loss = history.losses[-1]
+    bar.set_postfix_str(f"loss={loss:.3f}, {history.shown}")
     if not math.isfinite(loss):
         fail(f"the loss is {loss} after {len(history.losses)} steps: nothing is saved.")
 
@@ -319,12 +355,6 @@ def endless_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
     while True:
         order = torch.randperm(count, generator=generator)
         yield from order[: count - count % batch_size].split(batch_size)
-
-
-def views(image_size: int, windows: bool) -> tuple[nn.Module, nn.Module]:
-    """The paper's two distributions of views, or what the recipe makes of them for windows."""
-    changes = RECIPE.window_views if windows else {}
-    return byol_views(image_size, channels_last=True, **changes)
 
 
 def views_to_show(
@@ -413,4 +443,4 @@ def describe_backbone(args: argparse.Namespace, options: dict[str, Any]) -> dict
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

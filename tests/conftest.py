@@ -20,8 +20,8 @@ def _seed() -> None:
 
 @pytest.fixture
 def signals_as_before() -> Iterator[None]:
-    """The scripts that can be stopped by a scheduler take these signals over."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    """The scripts that can be stopped take these signals over."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):

@@ -25,7 +25,7 @@ EXAMPLES = str(Path(__file__).parents[1] / "examples")
 sys.path.insert(0, EXAMPLES)
 
 import imagenet_ddp  # noqa: E402
-from parts import batches, decoding, journal, order, resume, sources, watch  # noqa: E402, F401
+from parts import amount, batches, decoding, journal, order, resume, sources, watch  # noqa: E402, F401
 from parts import views as parts_views  # noqa: E402, F401
 
 CONTEXT = mp.get_context("forkserver")
@@ -137,7 +137,7 @@ def notes(output: Path) -> str:
 
 def run_here(output: Path, *arguments: object) -> None:
     """The script in this process, whose signal handlers stay as they are."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(number) for number in numbers]
     try:
         imagenet_ddp.main([*map(str, arguments), "--output", str(output)])

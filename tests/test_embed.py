@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from byol_pytorch.checkpoint import export_backbone
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = ("--model", "resnet10t", "--model-args", '{"channels": [8, 8, 8, 8]}',
          "--image-size", 32, "--workers", 0)  # fmt: skip
@@ -82,6 +84,24 @@ def test_copies_are_listed_as_duplicates(folder: Path, tmp_path: Path) -> None:
     assert [sorted(row[:2]) for row in rows] == [["3.png", "copy.png"]]
 
 
+def test_many_pairs_are_cut_and_a_cosine_that_fits_is_named(folder: Path, tmp_path: Path) -> None:
+    for i in range(25):
+        (folder / f"again{i}.png").write_bytes((folder / "3.png").read_bytes())
+    out = tmp_path / "out"
+    done = run("embed.py", "--data", folder, *SMALL, "--output", out, "--duplicates", 0.5)
+    assert done.returncode == 0, done.stderr
+    assert "one image in 100 has another at a cosine of 1.0000 or more" in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    assert len(results["rows"]) == 200 and "the first 200" in results["title"]
+
+
+def test_no_picture_is_promised_where_no_pair_is_alike(folder: Path, tmp_path: Path) -> None:
+    (folder / "copy.png").unlink()
+    done = run("embed.py", "--data", folder, *SMALL, "--output", tmp_path, "--duplicates", 1)
+    assert done.returncode == 0, done.stderr
+    assert "10 embeddings of 8 values are in" in done.stdout and "the picture" not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -98,15 +118,52 @@ def test_wrong_questions_are_refused(
     assert not (tmp_path / "out" / "embeddings.npy").exists()
 
 
-def test_the_label_curve_has_every_start_and_part(tmp_path: Path) -> None:
+def write_classes(place: Path) -> None:
     rng = np.random.default_rng(0)
     for split, count in (("train", 10), ("val", 4)):
         for name, colour in (("red", 0), ("blue", 2)):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
+            (place / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 120, (32, 32, 3), dtype=np.uint8)
                 pixels[..., colour] += 120
-                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+                Image.fromarray(pixels).save(place / split / name / f"{i}.png")
+
+
+def write_backbone(path: Path) -> None:
+    """As the pre-training leaves one: the file says how it is built, and for which size."""
+    torch.manual_seed(7)
+    options = {"num_classes": 0, "channels": [8, 8, 8, 8]}
+    net = timm.create_model("resnet10t", **options)
+    export_backbone(net, path, mean=(0.5,) * 3, std=(0.5,) * 3, image_size=32, model_args=options)
+
+
+def test_the_checkpoints_own_model_is_the_default(folder: Path, tmp_path: Path) -> None:
+    write_backbone(tmp_path / "mine.safetensors")
+    out, given = tmp_path / "out", ("--checkpoint", tmp_path / "mine.safetensors")
+    done = run("embed.py", "--data", folder, *given, "--output", out, "--workers", 0)
+    assert done.returncode == 0, done.stderr
+    assert f"--model resnet10t, as {tmp_path / 'mine.safetensors'} says" in done.stdout
+    assert "resnet10t with mine.safetensors, 32 px" in done.stdout
+    assert np.load(out / "embeddings.npy").shape == (11, 8)
+
+
+def test_all_starts_see_images_of_the_files_size(tmp_path: Path) -> None:
+    write_classes(tmp_path / "data")
+    write_backbone(tmp_path / "mine.safetensors")
+    out = tmp_path / "out"
+    done = run(
+        "label_efficiency.py", "--data", tmp_path / "data", "--workers", 0, "--output", out,
+        "--starts", "random", tmp_path / "mine.safetensors", "--labels", 100,
+        "--linear-epochs", 1, "--finetune", "--epochs", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "resnet10t, 32 px, data" in json.loads((out / "results.json").read_text())["title"]
+    opened = [line for line in done.stdout.splitlines() if line.startswith("resnet10t with")]
+    assert len(opened) == 4 and all(line.endswith(", 32 px") for line in opened)
+
+
+def test_the_label_curve_has_every_start_and_part(tmp_path: Path) -> None:
+    write_classes(tmp_path / "data")
     torch.manual_seed(5)
     net = timm.create_model("resnet10t", num_classes=0, channels=[8, 8, 8, 8])
     torch.save(net.state_dict(), tmp_path / "mine.pt")
@@ -123,6 +180,7 @@ def test_the_label_curve_has_every_start_and_part(tmp_path: Path) -> None:
     assert list(table) == [(m, s) for m in ("kNN", "linear", "fine-tuned")
                            for s in ("mine.pt", "random")]  # fmt: skip
     assert all(0 <= value <= 100 for row in table.values() for value in row)
+    assert (results["test images"], results["chance"]) == (8, 50)
     # The colours tell the classes apart, also through random weights.
     assert table["kNN", "mine.pt"][1] == table["linear", "random"][1] == 100
     assert Image.open(out / "label_efficiency.png").size[0] > 300

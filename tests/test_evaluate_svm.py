@@ -208,7 +208,9 @@ def test_a_draw_of_images_follows_the_seed(tmp_path: Path) -> None:
     data = write_classes(tmp_path)
 
     def draw(seed: int) -> list[int]:
-        train, test, _ = evaluate_svm.open_classes(data, (9, None), seed, small)
+        train, test, _ = evaluate_svm.open_classes(
+            evaluate_svm.open_images(data), (9, None), seed, small
+        )
         assert len(train) == 9 and len(test) == 12
         assert [label for _, label in train] == train.labels.tolist()
         return train.indices.tolist()

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -106,15 +109,16 @@ def test_class_subfolders_are_labels_and_broken_files_are_named(
     tmp_path: Path, default_run: tuple[Path, str]
 ) -> None:
     data, output = tmp_path / "data", tmp_path / "out"
-    write_images(data / "train" / "noise", 10)
-    write_images(data / "test" / "noise", 2, seed=1)
-    write_images(data / "train" / "gray" / "deeper", 10, seed=2)
+    write_images(data / "noise", 12)
+    write_images(data / "gray" / "deeper", 10, seed=2)
+    write_images(data / "alone", 1)
+    write_images(data, 2)
     Image.fromarray(np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16).save(
-        data / "train" / "gray" / "16bit.png"
+        data / "gray" / "16bit.png"
     )
-    (data / "train" / "noise" / "broken.jpg").write_bytes(b"no image")
-    whole = (data / "train" / "noise" / "0.png").read_bytes()
-    (data / "train" / "gray" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (data / "noise" / "broken.jpg").write_bytes(b"no image")
+    whole = (data / "noise" / "0.png").read_bytes()
+    (data / "gray" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (data / "notes.txt").write_text("no image either")
     backbone = default_run[0] / "backbone.safetensors"
     printed = run_well(
@@ -122,14 +126,23 @@ def test_class_subfolders_are_labels_and_broken_files_are_named(
         *("--batch-size", 4, "--image-size", 32, "--init-from", backbone),
     )
     figures = json.loads((output / "f.json").read_text())
-    assert figures["classes"] == ["gray", "noise"]
-    assert figures["train_images"] + figures["test_images"] == 23
+    assert figures["classes"] == ["alone", "gray", "noise"]
+    assert "1 of 3 class folders holds one image, such as alone" in printed
+    assert "2 images lie outside of the class folders" in printed
+    assert "left out: 1 .txt" in printed
+    assert "4 test images cannot tell" in printed
+    assert figures["train_images"] + figures["test_images"] == 26
     assert figures["test_images"] == 4  # a fifth of 12 and of 11
     assert len(figures["unreadable"]) == 2
     ending = printed[printed.index("2 files could not be read") :]
     assert "broken.jpg" in ending
     assert "cut.png" in ending
     assert f"loaded {len(load_file(backbone))} tensors" in printed
+    follow = [shlex.split(x, comments=True) for x in printed.splitlines() if "embed.py" in x]
+    command = [sys.executable, *follow[0][1:], "--workers", "0", "--output", str(output / "looks")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert np.load(output / "looks" / "embeddings.npy").shape == (26, 128)
     assert set(figures["knn"]) == {"raw pixels", "initial backbone", "trained backbone"}
     assert_not_blank(output / "report.png")
 
@@ -154,6 +167,87 @@ def test_without_labels_a_vision_transformer_trains_until_the_minutes_are_over(
     net = timm.create_model(figures["model"], **figures["options"])
     net.load_state_dict(load_file(output / "backbone.safetensors"))
     assert_not_blank(output / "report.png")
+
+
+def test_images_to_test_on_are_not_trained_on(tmp_path: Path) -> None:
+    for split, count in (("train", 8), ("val", 3)):
+        for seed, name in enumerate(("one", "two")):
+            write_images(tmp_path / "data" / split / name, count, seed)
+    run_well(
+        *("--data", tmp_path / "data", "--output", tmp_path, "--json", tmp_path / "f.json"),
+        *("--steps", 1, "--batch-size", 4, "--image-size", 32, "--view-args", '{"hue": 0}'),
+    )
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert (figures["train_images"], figures["test_images"]) == (16, 6)
+
+
+def test_ctrl_c_saves_the_backbone_and_ends_with_a_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--output", str(tmp_path), "--batch-size", "16"]
+    command += ["--steps", "100000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TQDM_MININTERVAL": "0.1"},
+    )  # fmt: skip
+    assert process.stderr is not None
+    while "3/100000" not in (read := process.stderr.readline()):
+        assert read, "it ended before its third step"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "steps: saved" in out and "Traceback" not in err
+    assert load_file(tmp_path / "backbone.safetensors")
+
+
+def report_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from parts import report
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("few", "count", "std", "said"),
+    [
+        ((20, 57, 72), 6, 0.06, ["6 test images cannot tell 57 % from 72 %"]),
+        ((20, 57, 72), 1000, 0.06, []),
+        ((20, 57, 42), 1000, 0.06, ["made the features worse"]),
+        ((80, 57, 72), 1000, 0.06, ["raw pixels do better"]),
+        ((20, 57, 72), 1000, 0.024, ["narrow: their spread is 0.0240, healthy is 0.0625"]),
+        ((20, 57, 72), 1000, 0.001, ["collapsed"]),
+    ],
+)
+def test_the_verdicts_say_what_the_figures_do_not_show(
+    few: tuple[float, ...], count: int, std: float, said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    report = report_module(monkeypatch)
+    accuracy = dict(zip(FEATURES, ({"few": value, "all": value} for value in few), strict=True))
+    history = SimpleNamespace(health=[{"feature_std": std}], ideal_std=0.0625)
+    pictures = SimpleNamespace(test=torch.zeros(count), classes=["a", "b"])
+    found = report.verdicts([{"knn": accuracy, "history": history}], pictures)
+    assert len(found) == len(said)
+    assert all(part in sentence for part, sentence in zip(said, found, strict=True))
+    title = report.headline(accuracy, count)
+    error = (few[1] * (100 - few[1]) / count) ** 0.5
+    assert f"of {count} unseen images {few[1]} ± {error:.0f} %" in title
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a_very_long_name_of_an_image.png", "…e_of_an_image.png"),
+        ("細胞.png", r"\u7d30\u80de.png"),
+        ("$x$", r"\$x\$"),
+        ("größe", "größe"),
+    ],
+)
+def test_names_are_cut_and_what_the_font_lacks_is_escaped(
+    name: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from parts.tables import drawn
+
+    assert drawn(name) == shown
 
 
 def test_a_refusal_is_one_sentence_without_a_traceback(tmp_path: Path) -> None:
@@ -191,9 +285,7 @@ def one_image_a_class(folder: Path) -> list[str]:
 
 
 def many_images(folder: Path) -> list[str]:
-    write_images(folder, 1)
-    for i in range(400):
-        (folder / f"{i}.jpg").write_bytes(b"")
+    write_images(folder, 401)
     return ["--data", str(folder), "--image-size", "2000"]
 
 
@@ -225,7 +317,7 @@ def file_as_output(folder: Path) -> list[str]:
     ("arrange", "message"),
     [
         (empty, "holds no image files"),
-        (few_images, "3 image files in .* do not fill a batch of 4: give --batch-size 3"),
+        (few_images, "3 images in .* do not fill a batch of 4: give --batch-size 3"),
         (few_readable, "3 readable images in .* do not fill a batch of 4"),
         (few_left_for_training, "8 images that are not held out .* give --batch-size 8"),
         (
@@ -242,6 +334,8 @@ def file_as_output(folder: Path) -> list[str]:
         (lambda _: ["--batch-size", "1"], "needs 2 images or more"),
         (lambda _: ["--batch-size", "4001"], "4000 training windows do not fill a batch of 4001"),
         (lambda _: ["--minutes", "0"], "expected more than 0"),
+        (lambda _: ["--max-value", "-1"], "--max-value is -1; expected more than 0"),
+        (lambda _: ["--view-args", '{"blurr": 1}'], "makes no views: .*blurr"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence_before_training(

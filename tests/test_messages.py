@@ -181,15 +181,16 @@ def read(batches: Any, net: Any = None, **kwargs: Any) -> Any:
     return ev.extract_features(Small() if net is None else net, batches, **kwargs)
 
 
-def of_two(call: Callable[[], Any], counts: tuple[int, ...] = (3, 1)) -> Any:
-    """As the first of two processes."""
+def of_two(call: Callable[[], Any], counts: tuple[int, ...] = (3, 1), own: bool = False) -> Any:
+    """As the first of two processes, of which the other says `counts`, or what this one says."""
 
-    def gather(into: list[int], _: int) -> None:
-        into[:] = counts
+    def gather(into: list[Any], mine: Any) -> None:
+        into[:] = [mine, mine] if own else [(count, "") for count in counts]
 
     with (
         mock.patch.object(rows, "world_size", return_value=2),
         mock.patch.object(features, "process", return_value=(0, 2)),
+        mock.patch.object(rows, "process", return_value=(0, 2)),
         mock.patch.object(rows.dist, "all_gather_object", gather),
     ):
         return call()
@@ -492,6 +493,8 @@ CASES: list[Case] = [
     ("extract: DistributedSampler",
      lambda f: of_two(lambda: read(DataLoader(X, sampler=DistributedSampler(X, 2, 0))))),
     ("extract: uneven processes", lambda f: of_two(lambda: read([X]))),
+    ("extract: NaN in one of two processes",
+     lambda f: of_two(lambda: ev.extract_features(nn.Flatten(), [NAN]), own=True)),
     # evaluation: SVMs and average precision
     ("svm: folds", lambda f: svms(folds=1)),
     ("svm: costs", lambda f: svms(costs=())),

@@ -1,7 +1,11 @@
 """examples/imagenet_ddp.py: its recipes and flags, what it starts from and shows, and refusals."""
 
 import json
+import re
+import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from pretraining_helpers import (
     NORM_FREE,
     TINY,
     Job,
+    amount,
     assert_same,
     batches,
     decoding,
@@ -183,6 +188,98 @@ def test_images_kept_on_the_device_train_as_those_that_workers_read(
     monkeypatch.setattr(batches, "RESIDENT", 24 * 3 * 32 * 32 - 1)
     run_here(read, "--data", npz, *TINY)
     assert_same(kept, read)
+
+
+def test_the_printed_commands_take_the_backbone_that_the_run_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_folder(tmp_path / "my images")
+    run_here(tmp_path / "run", "--data", data, *TINY, "--steps", 1)
+    printed = [
+        shlex.split(line, comments=True)
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("    python ")
+    ]
+    assert [Path(words[1]).name for words in printed] == [
+        "embed.py", "evaluate_knn.py", "evaluate_linear.py", "finetune_classification.py"
+    ]  # fmt: skip
+    for words in printed[:2]:
+        command = [sys.executable, *words[1:], "--workers", "0", "--output", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "--model resnet10t, as " in done.stdout
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_without_labels_a_run_ends_with_a_page_of_neighbours_and_its_health(
+    world: int, tmp_path: Path
+) -> None:
+    data, output = write_folder(tmp_path / "data", classes=1), tmp_path / "run"
+    command = ("--data", data, *TINY, "--steps", 1, "--knn-every", 1)
+    job = Job(output, *command, world=world).ends_well()
+    assert "no labels, so no kNN accuracy" in job.text()
+    assert re.search(r"feature std 0\.\d+ \(healthy: near 0.354\), effective rank", job.text())
+    with Image.open(output / "neighbours.png") as picture:
+        assert np.asarray(picture).std() > 10
+
+
+def test_a_dry_run_has_the_epochs_of_its_steps_and_the_row_for_its_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_folder(tmp_path / "data")
+    run_here(tmp_path / "out", "--data", data, *TINY, "--steps", 6, "--dry-run")
+    printed = capsys.readouterr().out
+    assert re.search(r"^epochs +2$", printed, re.MULTILINE)
+    assert "names-of-the-images" not in printed
+    assert "usual for 24 images of your own: --batch-size 4 --epochs 800" in printed
+    assert "here: --batch-size 8 --epochs 4 --warmup-epochs 1\n" in printed
+
+
+def test_the_recipe_for_own_images_follows_their_number_and_the_flags(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", 40)
+    small = ("--model", "resnet10t", "--image-size", 32, "--device", "cpu", "--workers", 0)
+    for flags, batch, lr in (
+        ((), 8, 0.45),
+        (("--batch-size", 20, "--init-from", "x"), 20, 0.045),
+    ):
+        recipe, args = imagenet_ddp.parse_arguments(
+            [*map(str, ("--data", data, "--recipe", "own", *small, *flags))]
+        )
+        own = imagenet_ddp.for_own_images(recipe, args, 40)
+        assert (own.batch_size, own.base_lr) == (batch, lr)
+        assert (own.epochs, own.base_decay, own.model) == (800, 0.99, "resnet10t")
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "epochs", "decay"),
+    [
+        (500, 64, 800, 0.99),
+        (2_000, 256, 800, 0.99),
+        (10_000, 256, 513, 0.99),
+        (50_000, 256, 103, 0.99),
+        (1_281_167, 256, 100, 0.996),
+    ],
+)
+def test_the_settings_by_amount_are_those_of_the_documented_table(
+    images: int, batch: int, epochs: int, decay: float
+) -> None:
+    found = amount.by_amount(images)
+    assert (found["batch_size"], found["epochs"], found["base_decay"]) == (batch, epochs, decay)
+    table = (Path(__file__).parents[1] / "docs" / "pretraining.md").read_text()
+    assert f"| {images:,} | {batch} | {epochs} | " in table
+
+
+def test_the_help_says_every_flag_and_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        imagenet_ddp.parse_arguments(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for flag, text in (
+        ("--save-every SAVE_EVERY", "steps between states in last.pt (default: 500)"),
+        ("--seed SEED", "(default: 0)"),
+        ("--amp {auto,none,bf16,fp16}", "none elsewhere (default: auto)"),
+    ):
+        assert text in said[said.index(f" {flag} ", said.index("options:")) :][:200]
+    assert "default: None" not in said
 
 
 def test_a_run_in_slices_of_time_equals_a_whole_one(npz: Path, tmp_path: Path) -> None:
@@ -621,11 +718,17 @@ def output_among_the_images(place: Path) -> list[object]:
     return ["--data", write_folder(place)]
 
 
-def sixteen_bits(place: Path) -> list[object]:
-    (place / "deep").mkdir()
-    for i in range(9):
-        Image.fromarray(np.full((40, 40), i, np.uint16)).save(place / "deep" / f"{i}.png")
-    return ["--data", place / "deep"]
+def floats(place: Path) -> list[object]:
+    (place / "floats").mkdir()
+    for i in range(8):
+        Image.fromarray(np.zeros((40, 40), np.float32)).save(place / "floats" / f"{i}.tif")
+    return ["--data", place / "floats"]
+
+
+def every_tenth_torn(place: Path) -> list[object]:
+    for file in list(write_folder(place / "torn").rglob("*[05].jpg")):
+        file.write_bytes(b"torn")
+    return ["--data", place / "torn"]
 
 
 def torn_npz(place: Path) -> list[object]:
@@ -692,7 +795,9 @@ def file_for_folder(place: Path) -> list[object]:
         (other_weights, "does not fit|cannot be built"),
         (file_for_folder, "cannot be written to"),
         (output_among_the_images, "--output .* is among the images of --data"),
-        (sixteen_bits, "no image of --data .* can be read, such as 0.png: .*8 bits a channel"),
+        (floats, "no image of --data .* can be read .*, such as 0.tif: .*give --max-value"),
+        (every_tenth_torn, r"5 of 24 images of --data .* cannot be read \(--max-bad is 0.01\)"),
+        (lambda _: ["--max-value", 0], "--max-value 0.0 is not above 0"),
         (torn_npz, "cannot be read as a .npz file"),
         (one_label_less, "23 labels and 25 offsets"),
         (lambda _: ["--device", "gpu"], "--device gpu is no device of torch"),
@@ -718,7 +823,7 @@ def file_for_folder(place: Path) -> list[object]:
         (unlabelled, "--held-out 8: they have no labels"),
         (lambda _: ["--knn-images", 4], "--knn-images 4 asks for a fifth of them"),
         (lambda _: ["--view-args", '{"image_size": 9}'], "has image_size, which the run sets"),
-        (lambda _: ["--small-stem", "--model", "resnet18d"], "begin with one convolution, conv1"),
+        (lambda _: ["--small-stem", "--model", "resnet18d"], "conv1; --no-small-stem where"),
         (lambda _: ["--held-out", 0], "0 must be above 0 and below the 24 images"),
         (lambda _: ["--held-out", 24], "24 must be above 0 and below the 24 images"),
         (lambda _: ["--max-minutes", -1], "--max-minutes must be 0 or more"),

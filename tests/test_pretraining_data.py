@@ -19,6 +19,7 @@ from pretraining_helpers import (
     batches,
     decoding,
     encoded,
+    imagenet_ddp,
     log,
     notes,
     order,
@@ -158,7 +159,7 @@ def test_imagenette_has_torchvisions_images_and_labels(tmp_path: Path) -> None:
         theirs = sources.datasets.Imagenette(data, split, "160px")
         assert source is not None and len(source) == len(theirs)
         for i, (image, label) in enumerate(theirs):
-            shown = decoding.pixels(decoding.open_image(source.read(i)))
+            shown = decoding.pixels(source.image(i))
             assert np.array_equal(shown.permute(1, 2, 0), np.asarray(image))
             assert source.labels[i] == label
     assert trains_two_steps(data, tmp_path / "run")
@@ -304,7 +305,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (data / "class0" / "0.jpg").write_bytes(b"no image")
     whole = (data / "class1" / "1.jpg").read_bytes()
     (data / "class1" / "1.jpg").write_bytes(whole[: len(whole) // 2])
-    Image.fromarray(np.zeros((40, 40), np.uint16)).save(data / "class1" / "deep.png")
+    Image.fromarray(np.zeros((40, 40), np.float32)).save(data / "class1" / "deep.tif")
     return data
 
 
@@ -313,18 +314,74 @@ def test_unreadable_images_are_named_once_and_replaced_alike(broken: Path, tmp_p
     for name, workers in (("one", 0), ("two", 2)):
         Job(tmp_path / name, *command, "--workers", workers).ends_well()
     named = sorted(Path(line["bad"]).name for line in log(tmp_path / "one") if "bad" in line)
-    assert named == ["0.jpg", "1.jpg", "deep.png"]
-    assert "8 bits a channel" in notes(tmp_path / "one")
+    assert named == ["0.jpg", "1.jpg", "deep.tif"]
+    assert "give --max-value" in notes(tmp_path / "one")
     assert_same(tmp_path / "one", tmp_path / "two")
 
 
+def lose_images(source: sources.Files, *numbers: int) -> None:
+    for number in numbers:
+        (source.folder / source.name(number)).write_bytes(b"lost")
+
+
+@pytest.fixture
+def torn_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Four of whose 24 images cannot be read any more once the run has looked at them."""
+    look = imagenet_ddp.check_output
+
+    def check_output(output: Path, source: Any) -> None:
+        look(output, source)
+        lose_images(source, 2, 7, 11, 20)
+
+    monkeypatch.setattr(imagenet_ddp, "check_output", check_output)
+    return write_folder(tmp_path / "data")
+
+
 def test_too_many_unreadable_images_end_the_run_with_its_state_saved(
-    broken: Path, tmp_path: Path
+    torn_later: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit, match=r"of 25 images cannot be read, and --max-bad is 0.01"):
-        run_here(tmp_path, "--data", broken, *TINY)
-    assert (tmp_path / "last.pt").exists()
-    assert not (tmp_path / "backbone.safetensors").exists()
+    with pytest.raises(SystemExit, match=r"of 24 images cannot be read, and --max-bad is 0.01"):
+        run_here(tmp_path / "run", "--data", torn_later, *TINY)
+    assert (tmp_path / "run" / "last.pt").exists()
+    assert not (tmp_path / "run" / "backbone.safetensors").exists()
+
+
+def test_a_run_that_is_done_leaves_its_backbone_whatever_could_not_be_read(
+    torn_later: Path, tmp_path: Path
+) -> None:
+    command = ("--data", torn_later, *TINY, "--steps", 3, "--log-every", 3, "--save-every", 3)
+    run_here(tmp_path / "run", *command)
+    assert len([line for line in log(tmp_path / "run") if "bad" in line]) == 4
+    assert (tmp_path / "run" / "backbone.safetensors").exists()
+
+
+def test_files_that_are_no_images_by_their_names_are_counted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    for name in ("a.HEIC", "b.heic", "c.dcm", "notes", ".hidden"):
+        (tmp_path / "data" / "class0" / name).write_text("")
+    assert len(sources.open_data(tmp_path / "data")[0]) == 24
+    assert "left out: 2 .heic, 1 .dcm, 1 without a suffix\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_16_bit_images_keep_their_brightness_to_each_other(kind: str, tmp_path: Path) -> None:
+    for name, value in (("a", 1000), ("b", 2000), ("c", 65535)):
+        Image.fromarray(np.full((9, 9), value, np.uint16)).save(tmp_path / f"{name}.{kind}")
+    for white, expected in ((None, [4, 8, 255]), (4000, [64, 128, 255])):
+        source, _ = sources.open_data(tmp_path, white)
+        images = [decoding.central_square(source.image(i), 1.0, 8) for i in range(3)]
+        assert [set(image.flatten().tolist()) for image in images] == [{v} for v in expected]
+        assert [sources.picture(source, i).getpixel((0, 0))[0] for i in range(3)] == expected
+
+
+def test_an_image_beyond_pillows_limit_names_the_way_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(SystemExit, match="megapixels, Pillow's limit: cut it into tiles"):
+        sources.open_data(folder)
 
 
 def test_data_that_is_gone_ends_the_run(tmp_path: Path) -> None:
@@ -362,7 +419,7 @@ def test_the_two_crops_are_those_of_the_whole_image(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(decoding, "draw_box", lambda *_: next(draws))
     data = encoded(rng, 90, 110, "PNG")
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
-    views = decoding.random_crops(data, TWO, rng)
+    views = decoding.random_crops(decoding.open_image(data), TWO, rng)
     for view, box in zip(views, boxes, strict=True):
         expected = v2.functional.resized_crop(
             pixels, *box, [32, 32], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
@@ -386,7 +443,7 @@ def test_a_large_jpeg_is_decoded_smaller_only_where_both_crops_allow_it(
         asked.clear()
         draws = iter(boxes)
         monkeypatch.setattr(decoding, "draw_box", lambda *_, draws=draws: next(draws))
-        decoding.random_crops(data, TWO, rng)
+        decoding.random_crops(decoding.open_image(data), TWO, rng)
         assert asked == expected
 
 
@@ -396,7 +453,7 @@ def test_crops_of_a_reduced_jpeg_show_the_same(monkeypatch: pytest.MonkeyPatch) 
     pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1)
     box = (37, 101, 311, 243)
     monkeypatch.setattr(decoding, "draw_box", lambda *_: box)
-    for view in decoding.random_crops(data, TWO, rng):
+    for view in decoding.random_crops(decoding.open_image(data), TWO, rng):
         expected = v2.functional.resized_crop(
             pixels, *box, [32, 32], interpolation=v2.InterpolationMode.BICUBIC, antialias=True
         )

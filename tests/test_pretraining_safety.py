@@ -107,6 +107,63 @@ def test_a_signal_in_mid_epoch_saves_and_the_resumed_run_equals_an_uninterrupted
     assert logged == list(range(1, 13))
 
 
+@pytest.mark.parametrize("group", [True, False], ids=["all", "trainer alone"])
+def test_ctrl_c_saves_says_so_in_a_sentence_and_ends_with_130(
+    group: bool, whole: Path, folder: Path, tmp_path: Path
+) -> None:
+    command = ("--data", folder, *TINY, "--accumulate", 2, "--save-every", 100)
+    job = Job(tmp_path / "run", *command, "--workers", 2)
+    job.until(3)
+    job.signal(signal.SIGINT, group=group)
+    assert job.end() == [130]
+    assert "Traceback" not in job.text()
+    assert "asked to stop: saved" in notes(tmp_path / "run")
+    assert 3 <= torch.load(tmp_path / "run" / "last.pt")["progress"]["step"] < 12
+    Job(tmp_path / "run", *command).ends_well()
+    assert_same(tmp_path / "run", whole)
+
+
+def hang_at(step: int) -> None:
+    """Let the views of a step take forever."""
+    draw = imagenet_ddp.Views.draw
+
+    def hanging(self: Any, now: int) -> Any:
+        while now == step:
+            time.sleep(DEADLINE)
+        return draw(self, now)
+
+    imagenet_ddp.Views.draw = hanging
+
+
+def test_a_second_ctrl_c_ends_a_run_that_hangs(npz: Path, tmp_path: Path) -> None:
+    job = Job(tmp_path / "run", "--data", npz, *TINY, prepare=partial(hang_at, 2))
+    job.until(2)
+    job.signal(signal.SIGINT)
+    job.processes[0].join(1.2)  # one that follows at once may be torchrun's, of the same key
+    assert job.processes[0].is_alive()
+    job.signal(signal.SIGINT)
+    assert job.end(10) == [130]
+    assert "Traceback" not in job.text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_saves(npz: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += [os.path.join(EXAMPLES, "imagenet_ddp.py"), "--data", npz, *TINY, "--steps", 10**6]
+    command += ["--save-every", 10**6, "--output", tmp_path / "run"]
+    process = subprocess.Popen(
+        [*map(str, command)], start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    end = time.monotonic() + DEADLINE
+    while max((line["step"] for line in log(tmp_path / "run")), default=0) < 5:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as the terminal does
+    process.communicate(timeout=DEADLINE)
+    assert "asked to stop: saved" in notes(tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "last.pt")["progress"]["step"] >= 5
+
+
 def kill_repeatedly(times: int, folder: Path, output: Path, steps: int) -> None:
     command = ("--data", folder, *TINY, "--steps", steps)
     Job(output / "whole", *command).ends_well()
@@ -157,6 +214,16 @@ def test_a_changed_recipe_is_refused_with_the_difference(whole: Path, folder: Pa
     assert "seed: 0 there, 3 now" in said
     assert "image-size" not in said
     assert (whole / "last.pt").read_bytes() == before
+
+
+def test_a_flag_that_the_state_does_not_know_and_nobody_gave_is_no_difference(
+    tmp_path: Path,
+) -> None:
+    torch.save({"identity": {"lr": "1"}, "step": 3}, tmp_path / "last.pt")
+    state = resume.read_state(tmp_path / "last.pt", {"lr": "1", "max_value": "None"})
+    assert state is not None and state["step"] == 3
+    with pytest.raises(SystemExit, match="max-value: None there, 9 now"):
+        resume.read_state(tmp_path / "last.pt", {"lr": "1", "max_value": "9"})
 
 
 def test_other_images_are_refused(whole: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A backbone by its name in timm or torchvision, and the weights that it starts from."""
 
 import argparse
+import shlex
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,59 @@ import torchvision
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from byol_pytorch.checkpoint import facts as facts_of
 from byol_pytorch.checkpoint import load_backbone
 from parts.processes import fail, tell
 
 
-def timm_model(name: str, image_size: int | None, options: dict[str, Any]) -> nn.Module:
-    """timm's model; `options` are its constructor's, and without num_classes it has no classifier.
+def timm_model(
+    name: str, image_size: int | None, options: dict[str, Any], pretrained: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """timm's model, and what timm.create_model took beside the name.
 
-    `image_size` is for models that are built for one size; others do not use it.
+    `options` are the constructor's; without num_classes it has no classifier. `image_size` is for
+    models that are built for one size; others do not use it.
     """
     options = {"num_classes": 0, **options}
+    sized = options | ({"img_size": image_size} if image_size else {})
     try:  # vision transformers have to know
-        return timm.create_model(
-            name, **({"img_size": image_size} if image_size else {}), **options
-        )
+        return timm.create_model(name, pretrained, **sized), sized
     except TypeError:
-        return timm.create_model(name, **options)
+        return timm.create_model(name, pretrained, **options), options
+
+
+def fill_in_model(args: argparse.Namespace, checkpoint: str | None) -> None:
+    """--model and --model-args, where they are not given, as the checkpoint's file has them."""
+    known: dict[str, Any] = {}
+    if checkpoint and checkpoint != "timm":
+        with suppress(OSError, ValueError):  # open_backbone names it
+            known = facts_of(checkpoint)
+    architecture = known.get("architecture")
+    if args.model is None and architecture:
+        tell(f"--model {architecture}, as {checkpoint} says")
+    args.model = args.model or architecture or "resnet50"
+    if args.model_args is None:
+        args.model_args = known.get("model_args", {}) if args.model == architecture else {}
+
+
+def what_next(weights: Path, data: str, labelled: bool, flags: str = "") -> str:
+    """Commands, ready to paste, for a backbone in a file that says how it is built."""
+    programs = {"embed": "which images look alike"}
+    if labelled:
+        programs |= {
+            "evaluate_knn": "how often the nearest neighbours have an image's label",
+            "evaluate_linear": "a linear head on the frozen backbone",
+            "finetune_classification": "all of it fine-tuned",
+        }
+    given = f"--data {data} --checkpoint {shlex.quote(str(weights))}{flags}"
+    folder = Path(__file__).parents[1]
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    extra = {"evaluate_linear": " --cached"}
+    return "\n".join(
+        f"    python {shlex.quote(str(folder / name))}.py {given}{extra.get(name, '')}  # {what}"
+        for name, what in programs.items()
+    )
 
 
 def shrink_stem(net: nn.Module) -> None:
@@ -85,7 +124,7 @@ def build(
 ) -> nn.Module:
     """timm's model `name`, without a classifier unless num_classes says so, or torchvision's."""
     if not name.startswith("torchvision/"):
-        net = timm_model(name, image_size, {"pretrained": pretrained, **options})
+        net, _ = timm_model(name, image_size, options, pretrained)
     elif pretrained:
         raise ValueError("--checkpoint timm goes with timm's models alone.")
     else:

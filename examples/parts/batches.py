@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from parts.decoding import CENTRE, Crop, central_square, open_image, pixels, random_crops
+from parts.decoding import CENTRE, Crop, central_square, pixels, random_crops
 from parts.processes import leave_signals_to_the_trainer
 from parts.sources import Arrays, Source
 
@@ -56,7 +57,7 @@ class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
         rng = np.random.default_rng((self.seed, epoch, index))
         for _ in range(ATTEMPTS):
             try:
-                return self.decode(self.source.read(index), rng)
+                return self.decode(self.source.image(index), rng)
             except Exception as error:  # PIL's readers raise of every kind on a broken file
                 bad.append((index, f"{type(error).__name__}: {error}"))
                 index = int(rng.integers(len(self.source)))
@@ -65,13 +66,13 @@ class TrainingImages(Dataset[tuple[list[Tensor], list[Bad]]]):
             f"{bad[-1][1]}. Is the data still there?"
         )
 
-    def decode(self, data: bytes | Tensor, rng: np.random.Generator) -> list[Tensor]:
+    def decode(self, image: Image.Image | Tensor, rng: np.random.Generator) -> list[Tensor]:
         if self.decode_size:
-            return [central_square(data, 1.0, self.decode_size)]
+            return [central_square(image, 1.0, self.decode_size)]
         if self.source.size is None:
-            assert isinstance(data, bytes)
-            return random_crops(data, self.crops, rng)
-        image = data if isinstance(data, Tensor) else pixels(open_image(data))
+            assert not isinstance(image, Tensor)
+            return random_crops(image, self.crops, rng)
+        image = image if isinstance(image, Tensor) else pixels(image)
         if image.shape[1:] != self.source.size:
             raise ValueError(f"the size is {tuple(image.shape[1:])}, not {self.source.size}")
         return [image]
@@ -90,7 +91,7 @@ class EvaluationImages(Dataset[tuple[Tensor, Tensor]]):
         part = CENTRE if self.source.size is None else 1.0
         for i, number in enumerate(numbers):
             try:
-                images[i] = central_square(self.source.read(int(number)), part, self.size)
+                images[i] = central_square(self.source.image(int(number)), part, self.size)
             except Exception:  # as in training, where it is counted
                 good[i] = 0
         return images, good

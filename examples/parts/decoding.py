@@ -8,17 +8,34 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 CENTRE = 224 / 256  # the part of the short edge that an evaluation sees
 
 
-def open_image(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data))
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"mode {image.mode}: expected 8 bits a channel, scale such images first")
-    return image
+def open_image(data: bytes, max_value: float | None = None) -> Image.Image:
+    """The image, not decoded yet where it has 8 bits a channel.
+
+    Others become 8 bits: `max_value` is white, by default what the file's bits can hold. So all
+    images of a data set keep their brightness to each other.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # whose own words are of bytes at an address
+        raise ValueError(f"no image that Pillow can read, {len(data)} bytes") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise ValueError(
+            f"more than {limit:.0f} megapixels, Pillow's limit: cut it into tiles"
+        ) from None
+    if not image.mode.startswith(("I", "F")):
+        return image
+    white = max_value or (65535 if image.mode.startswith("I;16") else None)
+    if white is None:
+        raise ValueError(f"mode {image.mode}, which has no largest value: give --max-value")
+    values = np.asarray(image, np.float32) * (255 / white)
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
 
 
 def pixels(image: Image.Image) -> Tensor:
@@ -38,10 +55,9 @@ PAPER_CROP = Crop()
 
 
 def random_crops(
-    data: bytes, wanted: Sequence[tuple[int, Crop]], rng: np.random.Generator
+    image: Image.Image, wanted: Sequence[tuple[int, Crop]], rng: np.random.Generator
 ) -> list[Tensor]:
     """Random resized crops of one decoding: for each size and distribution a (3, size, size)."""
-    image = open_image(data)
     width, height = image.size
     boxes = [(size, draw_box(rng, height, width, crop)) for size, crop in wanted]
     # A JPEG can be decoded smaller where all crops keep twice the pixels of their views a side:
@@ -57,16 +73,15 @@ def random_crops(
     return crops
 
 
-def central_square(data: bytes | Tensor, part: float, size: int) -> Tensor:
+def central_square(image: Image.Image | Tensor, part: float, size: int) -> Tensor:
     """(3, size, size): the central square over `part` of the short edge."""
-    if isinstance(data, bytes):
-        image = open_image(data)
+    if not isinstance(image, Tensor):
         reduced(image, int(part * min(image.size)) // (2 * size))
-        data = pixels(image)
-    height, width = data.shape[1:]
+        image = pixels(image)
+    height, width = image.shape[1:]
     side = max(1, round(part * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
-    return resize(data[:, top : top + side, left : left + side], size)
+    return resize(image[:, top : top + side, left : left + side], size)
 
 
 def reduced(image: Image.Image, factor: int) -> None:

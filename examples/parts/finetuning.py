@@ -24,6 +24,7 @@ from parts.order import Order, seed_of
 from parts.processes import (
     asked_to_stop,
     fail,
+    leave_after,
     leave_signals_to_the_trainer,
     parallel,
     rank,
@@ -122,6 +123,7 @@ def fine_tune(
             if halt and not last:
                 journal.note(step, "stopped as asked; the same command goes on from here")
                 journal.close()
+                leave_after(stop)
                 raise SystemExit(0)
         journal.close()
     return history

@@ -6,27 +6,40 @@ import os
 import sys
 import types
 from dataclasses import field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 
+from parts.backbone import fill_in_model
 from parts.machine import Machine
 from parts.processes import fail, join_processes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_VALUE_HELP = (
+    "white in images of more than 8 bits, such as 4095 (default: the largest that 16 bits can hold)"
+)
 Fields = TypeVar("Fields")  # a recipe or protocol: a frozen dataclass of flag()
 
 
-def common_flags(parser: argparse.ArgumentParser, batch_size: int = 256) -> None:
-    """The flags of every evaluation."""
+def common_flags(
+    parser: argparse.ArgumentParser, batch_size: int = 256, max_value: bool = True
+) -> None:
+    """The flags of every evaluation; --max-value where it reads images by parts/sources.py."""
     add = parser.add_argument
     add("--data", type=Path, required=True, help="a folder; what it may hold is in the README")
-    add("--model", default="resnet50", help="a timm model, or torchvision/NAME")
-    add("--model-args", type=json.loads, default={}, help="JSON, for the model's constructor")
+    add("--model", help="a timm model, or torchvision/NAME (default: the checkpoint's, if its file "
+        "says, else resnet50)")  # fmt: skip
+    add("--model-args", type=partial(json_object, "--model-args"),
+        help="JSON, for the model's constructor (default: as --model)")  # fmt: skip
     add("--small-stem", action="store_true", help="a ResNet's first layers for 32 px")
     add("--checkpoint", help="a file for checkpoint.load_backbone, or timm; none: random weights")
     add("--padding", choices=("same", "torch"), help="for DeepMind's weights, which need same")
+    if max_value:
+        add("--max-value", type=float, help=MAX_VALUE_HELP)
+    else:
+        parser.set_defaults(max_value=None)
     add("--output", type=Path, default=Path("runs") / Path(sys.argv[0]).stem, help="a folder")
     add("--json", type=Path, help="where the figures go (default: OUTPUT/results.json)")
     add("--image-size", type=int, help="pixels (default: the checkpoint's or the model's)")
@@ -46,6 +59,8 @@ def set_up(args: argparse.Namespace, join: bool = True) -> Machine:
         args.device = str(join_processes(args.device))
     check_at_least(1, args, "batch_size", "image_size")
     check_at_least(0, args, "workers")
+    check_at_least(1e-9, args, "max_value")
+    fill_in_model(args, args.checkpoint)
     try:
         device = torch.empty(0, device=args.device).device
     except (RuntimeError, AssertionError) as error:
@@ -61,6 +76,25 @@ def check_at_least(least: float, flags: Any, *names: str) -> None:
         each = value if isinstance(value, tuple | list) else (value,)
         if any(one is not None and one < least for one in each):
             fail(f"--{name.replace('_', '-')} {value}; expected at least {least}.")
+
+
+def json_object(flag: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        fail(f"{flag} {text} is no JSON object, such as '{{\"name\": 0.1}}'.")
+    return value
+
+
+class WithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a flag's default in --help where it has one and the text does not say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
 
 
 # Recipes and protocols --------------------------------------------------------------------------
@@ -105,7 +139,7 @@ def protocol_parser(description: str, protocols: dict[str, Any]) -> argparse.Arg
         description=f"{description} The same command goes on where an earlier one was stopped.",
         conflict_handler="resolve",  # a protocol's flag goes before a common one
     )
-    common_flags(parser)
+    common_flags(parser, max_value=False)
     parser.set_defaults(workers=min(4, os.cpu_count() or 1))
     add = parser.add_argument
     add("--dtype", choices=DTYPES, default="fp32", help="of autocast; fp16 scales the loss")

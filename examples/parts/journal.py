@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-SHOWN_IMAGES = 8
+SHOWN_IMAGES, SHOWN_SIDE = 8, 128  # in views.png: images, and about the least side of one
 SHOWN_FIGURES = ("loss", "lr", "data_ms", "views_ms", "step_ms")
 
 
@@ -80,6 +80,8 @@ class Journal:
             return
         mean, std = (torch.tensor(v, device=one.device).view(3, 1, 1) for v in normalisation)
         some = torch.cat([one[:SHOWN_IMAGES], two[:SHOWN_IMAGES]]).float() * std + mean
+        times = max(1, SHOWN_SIDE // some.shape[-1])  # small ones can be seen so
+        some = some.repeat_interleave(times, 2).repeat_interleave(times, 3)
         picture = make_grid(some.clamp(0, 1).cpu(), nrow=min(SHOWN_IMAGES, len(one)))
         self._on_board("add_image", "views", picture, 0)
         try:

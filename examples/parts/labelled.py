@@ -39,23 +39,27 @@ HELD_OUT = 5  # of every so many images of a class one is tested on, where there
 Chosen = tuple[Source, np.ndarray]  # a source and the numbers of its images
 
 
-def open_images(folder: Path) -> tuple[Chosen, Chosen]:
+def open_images(folder: Path, max_value: float | None = None) -> tuple[Chosen, Chosen]:
     """Training and test images with labels: what open_labelled reads, and Places205, Places365,
     iNaturalist 2018 to 2021 and lists of "path label" in the layouts of LISTS."""
     for train, test, roots in LISTS:
         if (folder / train).is_file() and all((folder / root).is_dir() for root in roots):
             lists = zip((train, test), roots, strict=True)
-            return with_classes(folder, [read_list(folder / f, folder / r) for f, r in lists])
+            return with_classes(
+                folder, [read_list(folder / f, folder / r) for f, r in lists], max_value
+            )
     for train, test in (("train2018.json", "val2018.json"), ("train2019.json", "val2019.json")):
         if (folder / train).is_file():
-            return with_classes(folder, [read_json(folder / f, folder) for f in (train, test)])
+            return with_classes(
+                folder, [read_json(folder / f, folder) for f in (train, test)], max_value
+            )
     years = folder / "2021_train", folder / "2021_valid"  # torchvision.datasets.INaturalist
     if all(year.is_dir() for year in years):
-        return with_classes(folder, [read_folders(year) for year in years])
-    return with_classes(folder, list(open_labelled(folder)))
+        return with_classes(folder, [read_folders(year) for year in years], max_value)
+    return with_classes(folder, list(open_labelled(folder, max_value)), max_value)
 
 
-def open_tests(folder: Path) -> Chosen:
+def open_tests(folder: Path, max_value: float | None = None) -> Chosen:
     """The images to test on; those to train on may be missing."""
     for _, test, (_, root) in LISTS:
         if (folder / test).is_file() and (folder / root).is_dir():
@@ -64,11 +68,15 @@ def open_tests(folder: Path) -> Chosen:
         return read_json(folder / "val2018.json", folder)
     if (folder / "val").is_dir() and not (folder / "train").is_dir():
         return read_folders(folder / "val")
-    return open_images(folder)[1]
+    return open_images(folder, max_value)[1]
 
 
-def with_classes(folder: Path, parts: list[Chosen]) -> tuple[Chosen, Chosen]:
+def with_classes(
+    folder: Path, parts: list[Chosen], max_value: float | None
+) -> tuple[Chosen, Chosen]:
     """Both parts, where one can train on the first and test on the second."""
+    for source, _ in parts:
+        source.max_value = max_value
     train, test = (set(source.labels[numbers].tolist()) for source, numbers in parts)
     if len(train) < 2:
         fail(f"--data {folder} has {len(train)} class to train on; expected two or more.")
@@ -119,13 +127,13 @@ def numbered(names: list[str], labels: list[int], root: Path, path: Path) -> Cho
     return Files(np.array(labels, np.int64), root, encoded), np.arange(len(names))
 
 
-def open_labelled(folder: Path) -> tuple[Chosen, Chosen]:
+def open_labelled(folder: Path, max_value: float | None) -> tuple[Chosen, Chosen]:
     """Training and test images: each a source and the numbers of its images.
 
     What open_data reads, with labels. Without a test set every fifth image of a class is tested
     on, and left out of training.
     """
-    train, test = open_data(folder)
+    train, test = open_data(folder, max_value)
     some = test is not None and (train.labels >= 0).any()  # as STL-10: training leaves others out
     for source in [source for source in (None if some else train, test) if source]:
         without = np.flatnonzero(source.labels < 0)

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from parts.decoding import central_square
 from parts.processes import fail
+from parts.sources import Source, open_data
 
 # Of the pictures in scikit-image's wheel, those that are photographs, and scikit-learn's two.
 # fmt: off
@@ -30,7 +32,6 @@ TRAIN_WINDOWS, TEST_WINDOWS = 200, 50  # a photograph
 
 HELD_OUT, HELD_OUT_LIMIT = 0.2, 2000  # of a folder's images: the part, and at most so many
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 @dataclass
@@ -43,17 +44,6 @@ class Pictures:
     test_labels: Tensor
     classes: list[str]  # empty: nothing has a label
     unreadable: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Listing:
-    """The image files of a folder, the class of each (-1: none), and the side to bring them to."""
-
-    folder: Path
-    paths: list[Path]
-    labels: list[int]
-    classes: list[str]
-    side: int
 
 
 def photograph_windows(image_size: int, batch_size: int) -> Pictures:
@@ -104,58 +94,75 @@ def cut_windows(
     return [np.asarray(window.resize(size, Image.Resampling.BICUBIC)) for window in windows]
 
 
-def find_images(folder: Path, image_size: int, batch_size: int) -> Listing:
-    """The image files, and the class of each: its first subfolder that is not a split's name."""
-    if not folder.is_dir():
-        fail(f"--data {folder} is not a folder.")
-    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
-    if not paths:
-        fail(f"--data {folder} holds no image files (such as .jpg or .png), nor do its subfolders.")
-    check_enough(len(paths), batch_size, f"image files in {folder}")
+def read_folder(
+    folder: Path, image_size: int, batch_size: int, max_value: float | None
+) -> Pictures:
+    """The images as squares a little larger than the views: those of val/ or the like to test on,
+    else a part of all, which is held out."""
+    source, test = open_data(folder, max_value)
+    sources = [source] if test is None or not (test.labels >= 0).any() else [source, test]
+    check_enough(len(source), batch_size, f"images in {folder}")
     side = round(image_size * 256 / 224)  # the usual ratio of resize to evaluation crop
-    needed = len(paths) * side * side * 3
+    needed = sum(map(len, sources)) * side * side * 3
     if needed > MEMORY_LIMIT:
         fail(
-            f"{len(paths)} images of {side} px take {needed / 2**30:.1f} GiB, and the limit is "
-            f"{MEMORY_LIMIT / 2**30:.0f}: give a smaller --image-size or fewer images."
+            f"{sum(map(len, sources))} images of {side} px take {needed / 2**30:.1f} GiB, and the "
+            f"limit is {MEMORY_LIMIT / 2**30:.0f}: give a smaller --image-size or fewer images."
         )
-    names = []
-    for path in paths:
-        subfolders = path.relative_to(folder).parts[:-1]
-        names.append(next((s for s in subfolders if s.lower() not in SPLIT_NAMES), None))
-    classes = sorted({name for name in names if name is not None})
-    if len(classes) < 2:
-        return Listing(folder, paths, [-1] * len(paths), [], side)
-    number = {name: i for i, name in enumerate(classes)} | {None: -1}
-    return Listing(folder, paths, [number[name] for name in names], classes, side)
-
-
-def read_images(listing: Listing, batch_size: int) -> Pictures:
-    """All of them as squares a little larger than the views, a part of them held out."""
-    folder, paths = listing.folder, listing.paths
-    images = np.empty((len(paths), listing.side, listing.side, 3), np.uint8)
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(decode_into, images, paths)
-        errors = list(tqdm(decoded, "reading", len(paths), unit=" images"))
-    unreadable = [
-        f"{path.relative_to(folder)}: {error}"
-        for path, error in zip(paths, errors, strict=True)
-        if error
-    ]
+    warn_of_classes(source)
+    read = [read_squares(one, side) for one in sources]
+    unreadable = [error for *_, errors in read for error in errors]
     if unreadable:
-        print(f"{len(unreadable)} of {len(paths)} image files cannot be read: named at the end")
-    good = torch.tensor([error is None for error in errors])
-    check_enough(int(good.sum()), batch_size, f"readable images in {folder}")
-    labels = torch.tensor(listing.labels)
-    test = hold_out(labels, good)
-    if not test.any():
-        fail("no class subfolder holds two readable images, and one of them is for testing.")
-    train = good & ~test
-    check_enough(int(train.sum()), batch_size, "images that are not held out for the test")
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    classes = listing.classes
-    return Pictures(pixels[train], labels[train], pixels[test], labels[test], classes, unreadable)
+        print(f"{len(unreadable)} images cannot be read: named at the end")
+    (pixels, labels, _) = read[0]
+    check_enough(len(labels), batch_size, f"readable images in {folder}")
+    if len(read) == 2:
+        tests, truth = read[1][:2]
+        order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))
+        some = order[:HELD_OUT_LIMIT].sort().values
+        tests, truth = tests[some], truth[some]
+    else:
+        held = hold_out(labels)
+        if not held.any():
+            fail("no class subfolder holds two readable images, and one of them is for testing.")
+        tests, truth, pixels, labels = pixels[held], labels[held], pixels[~held], labels[~held]
+        check_enough(len(labels), batch_size, "images that are not held out for the test")
+    names = source.classes or [str(i) for i in range(int(source.labels.max()) + 1)]
+    return Pictures(pixels, labels, tests, truth, names, unreadable)
+
+
+def warn_of_classes(source: Source) -> None:
+    """Say where subfolders do not look like classes."""
+    if not source.classes:
+        return
+    counts = np.bincount(source.labels[source.labels >= 0], minlength=len(source.classes))
+    for what, which in (("holds one image", counts == 1), ("holds none", counts == 0)):
+        names = [source.classes[i] for i in np.flatnonzero(which)]
+        if names:
+            print(f"{len(names)} of {len(counts)} class folders {what}, such as {names[0]}")
+    outside = int((source.labels < 0).sum())
+    if outside:
+        print(f"{outside} images lie outside of the class folders and count as unlabelled")
+
+
+def read_squares(source: Source, side: int) -> tuple[Tensor, Tensor, list[str]]:
+    """The images (N, 3, side, side) uint8 that can be read, their labels, and what is wrong with
+    the others."""
+    images = torch.empty(len(source), 3, side, side, dtype=torch.uint8)
+
+    def read(index: int) -> str:
+        try:
+            images[index] = central_square(source.image(index), 1.0, side)
+        except Exception as error:  # PIL's readers raise of every kind on a broken file
+            return f"{source.name(index)}: {error}"
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        numbers = range(len(source))
+        errors = list(tqdm(pool.map(read, numbers), "reading", len(source), unit=" images"))
+    good = torch.tensor([not error for error in errors])
+    labels = torch.from_numpy(source.labels)
+    return images[good], labels[good], [error for error in errors if error]
 
 
 def check_enough(count: int, batch_size: int, what: str) -> None:
@@ -164,30 +171,14 @@ def check_enough(count: int, batch_size: int, what: str) -> None:
         fail(f"{count} {what} do not fill a batch of {batch_size}: give {hint}more images.")
 
 
-def decode_into(image: np.ndarray, path: Path) -> str | None:
-    """Fill the (side, side, 3) uint8 image, or say why the file cannot be read."""
-    try:
-        with Image.open(path) as file:
-            file.draft("RGB", image.shape[:2])
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode.startswith(("I", "F")):  # convert("RGB") would clip these at 255
-                values = np.asarray(picture, np.float32)
-                values = (values - values.min()) / max(np.ptp(values), 1e-12) * 255
-                picture = Image.fromarray(values.astype(np.uint8))
-            image[:] = ImageOps.fit(picture.convert("RGB"), image.shape[:2])
-    except Exception as error:  # PIL's readers raise of every kind on a broken file
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def hold_out(labels: Tensor, good: Tensor) -> Tensor:
-    """Which good images are for testing only: the same part of every class, and where there are
-    classes, none of the images outside them."""
+def hold_out(labels: Tensor) -> Tensor:
+    """Which images are for testing only: the same part of every class, and where there are classes,
+    none of the images outside them."""
     part = min(HELD_OUT, HELD_OUT_LIMIT / len(labels))
     generator = torch.Generator().manual_seed(0)
     test = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
-        members = ((labels == label) & good).nonzero().flatten()
+        members = (labels == label).nonzero().flatten()
         if len(members) < 2 or (label < 0 and (labels >= 0).any()):
             continue
         count = max(1, round(part * len(members)))

@@ -2,11 +2,13 @@
 has read, end with one sentence, and leave a scheduler's signals to the process that saves.
 """
 
+import math
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTED = 130  # a shell's exit status after Ctrl-C
+PASSED_ON = 1.0  # seconds in which torchrun passes on the Ctrl-C that the terminal sends to all
 
 
 def join_processes(device: str) -> torch.device:
@@ -96,16 +102,59 @@ def synchronised(model: Any, last: bool) -> AbstractContextManager[Any]:
 
 
 def asked_to_stop() -> list[int]:
-    """The signals that came, of those by which schedulers announce the end."""
+    """The signals that came, of Ctrl-C and those by which schedulers announce the end; a second
+    Ctrl-C ends the process at once."""
     came: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: came.append(number))
+    first = math.inf
+
+    def take(number: int, _: Any) -> None:
+        nonlocal first
+        now = time.monotonic()
+        came.append(number)
+        if number != signal.SIGINT:
+            return
+        if now - first > PASSED_ON:
+            os._exit(INTERRUPTED)
+        if first == math.inf and os.environ.get("LOCAL_RANK", "0") == "0":
+            # Not by print, which may be at work already.
+            os.write(2, b"\nstopping after this step; Ctrl-C again ends at once, without saving\n")
+        first = min(first, now)
+
+    for number in STOPPING:
+        signal.signal(number, take)
     return came
 
 
+@contextmanager
+def until_asked_to_stop() -> Iterator[list[int]]:
+    """The signals that come within; afterwards they do what they did before."""
+    before = [signal.getsignal(number) for number in STOPPING]
+    try:
+        yield asked_to_stop()
+    finally:
+        for number, handler in zip(STOPPING, before, strict=True):
+            signal.signal(number, handler)
+
+
+def leave_after(came: list[int]) -> None:
+    """End with a shell's exit status where Ctrl-C was among the signals."""
+    if signal.SIGINT in came:
+        raise SystemExit(INTERRUPTED)
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Call a program; Ctrl-C where it does not save by itself ends it with one sentence."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        tell(f"\n{Path(sys.argv[0]).stem}: stopped. What it has written so far is whole.")
+        raise SystemExit(INTERRUPTED) from None
+
+
 def leave_signals_to_the_trainer(_: int) -> None:
-    # A scheduler signals every process of a job: the trainer must find its workers alive to save.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    # A terminal or scheduler signals every process of a job: the trainer must find its workers
+    # alive to save.
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 

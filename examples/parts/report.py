@@ -4,6 +4,7 @@ Nothing here trains or measures. Every file appears whole or not at all.
 """
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from torch import Tensor
 from byol_pytorch.checkpoint import replacing
 from parts.photographs import Pictures
 from parts.processes import fail
+from parts.tables import drawn
 
 Features = tuple[Tensor, Tensor]  # (N, D) of the training and of the test images
 
 QUERIES, SHOWN_NEIGHBOURS = 6, 6
-MAP_POINTS, MAP_THUMBNAILS = 500, 150
+MAP_LEAST, MAP_POINTS, MAP_THUMBNAILS = 20, 500, 150
 GREEN, RED, GRAY, WHITE = "#2a9d4a", "#d1495b", "#8d99a6", "#ffffff"
+COLLAPSED, NARROW = 0.2, 0.5  # parts of the healthy spread of the features
 TILE = 64  # pixels to which a small image is enlarged in the picture
 
 
@@ -64,6 +67,40 @@ def print_table(runs: list[dict[str, Any]], pictures: Pictures) -> None:
 def mean_and_deviation(values: list[float]) -> str:
     mean = f"{statistics.mean(values):.1f}"
     return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def verdicts(runs: list[dict[str, Any]], pictures: Pictures) -> list[str]:
+    """What the figures do and do not say, a sentence each."""
+    said, count = [], len(pictures.test)
+    if pictures.classes:
+        pixels, before, after = (
+            statistics.mean(run["knn"][name]["few"] for run in runs) for name in runs[0]["knn"]
+        )
+        error = math.hypot(*(standard_error(value, count) for value in (before, after)))
+        if abs(after - before) < 2 * error:
+            said.append(
+                f"{count} test images cannot tell {before:.0f} % from {after:.0f} %: differences "
+                f"below {2 * error:.0f} points are chance"
+            )
+        elif after < before:
+            said.append("training made the features worse")
+        if pixels >= max(before, after):
+            said.append("raw pixels do better than either network: colour or place is the class")
+    history = runs[0]["history"]
+    std, ideal = history.health[-1]["feature_std"], history.ideal_std
+    if std < COLLAPSED * ideal:
+        said.append(f"the features collapsed: their spread is {std:.4f}, healthy is {ideal:.4f}")
+    elif std < NARROW * ideal:
+        said.append(
+            f"the features are narrow: their spread is {std:.4f}, healthy is {ideal:.4f}; more "
+            "steps, or stronger views"
+        )
+    return said
+
+
+def standard_error(percent: float, count: int) -> float:
+    """Of a share of `count` test images, in points: what another choice of them would change."""
+    return math.sqrt(percent * (100 - percent) / count)
 
 
 def print_outcome(output: Path, card: dict[str, Any], unreadable: list[str]) -> None:
@@ -125,30 +162,39 @@ def draw(
     features: dict[str, Features],
 ) -> None:
     """One page. `examples`: images and their two views, floats in [0, 1]."""
-    figure = Figure(figsize=(16, 16), dpi=100, layout="constrained")
-    figure.suptitle(headline(accuracy), fontsize=18, weight="bold")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=(4.4, 5.2, 6.0), hspace=0.02)
-    parts = top.subfigures(1, 3, width_ratios=(5, 5, 6))
-    draw_accuracy(parts[0].subplots(), accuracy, pictures)
-    draw_curves(parts[1], history)
-    draw_views(parts[2].subplots(), examples)
+    count = len(pictures.test)
+    mapped = count >= MAP_LEAST  # fewer points show nothing of how the features lie
+    heights = (4.4, 5.2, 6.0)[: 2 + mapped]
+    figure = Figure(figsize=(16, sum(heights)), dpi=100, layout="constrained")
+    figure.suptitle(headline(accuracy, count), fontsize=18, weight="bold")
+    top, middle, *bottom = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0.02)
+    widths = (5, 5, 6) if pictures.classes else (5, 6)
+    parts = top.subfigures(1, len(widths), width_ratios=widths)
+    if pictures.classes:
+        draw_accuracy(parts[0].subplots(), accuracy, pictures)
+    draw_curves(parts[-2], history)
+    draw_views(parts[-1].subplots(), examples)
     for part, (name, given) in zip(middle.subfigures(1, 2), features.items(), strict=True):
         draw_neighbours(part.subplots(), name, pictures, given)
-    shown = torch.randperm(len(pictures.test), generator=torch.Generator().manual_seed(0))
+    shown = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     shown = shown[: MAP_POINTS if pictures.classes else MAP_THUMBNAILS]
-    for part, (name, given) in zip(bottom.subfigures(1, 2), features.items(), strict=True):
-        draw_map(part.subplots(), name, pictures, given[1], shown)
-    draw_legend(bottom, pictures.classes)
+    for row in bottom:
+        for part, (name, given) in zip(row.subfigures(1, 2), features.items(), strict=True):
+            draw_map(part.subplots(), name, pictures, given[1], shown)
+        draw_legend(row, pictures.classes)
     with replacing(path) as file:
         figure.savefig(file, format="png")
 
 
-def headline(accuracy: dict[str, dict[str, float]]) -> str:
+def headline(accuracy: dict[str, dict[str, float]], count: int) -> str:
     few = [figures["few"] for figures in accuracy.values() if figures]
     if not few:
         return "BYOL: the features before and after training"
+    before, after = (f"{v:.0f} ± {standard_error(v, count):.0f} %" for v in few[1:])
+    best = ", raw pixels are better" if few[0] >= max(few[1:]) else ""
     return (
-        f"BYOL, then 5 labels a class: {few[1]:.0f} % right before training, {few[2]:.0f} % after"
+        f"BYOL, then 5 labels a class: of {count} unseen images {before} right before training, "
+        f"{after} after{best}"
     )
 
 
@@ -179,16 +225,6 @@ def draw_curves(part: SubFigure, history: Any) -> None:
 
 
 def draw_accuracy(axes: Axes, accuracy: dict[str, dict[str, float]], pictures: Pictures) -> None:
-    if not pictures.classes:
-        axes.axis("off")
-        axes.text(
-            0.5,
-            0.5,
-            "No labels, so no accuracies:\njudge by the neighbours and the map below.",
-            ha="center",
-            va="center",
-        )
-        return
     colours = (GRAY, "#7fa7d6", "#1f5fa8")
     for column, (key, label) in enumerate((("few", "5 labels a class"), ("all", "all labels"))):
         for i, (name, figures) in enumerate(accuracy.items()):
@@ -200,10 +236,12 @@ def draw_accuracy(axes: Axes, accuracy: dict[str, dict[str, float]], pictures: P
                 label=name if column == 0 else None,
             )
             axes.bar_label(bar, fmt="%.0f")
+            error = standard_error(figures[key], len(pictures.test))
+            axes.errorbar(column + (i - 1) * 0.28, figures[key], error, color="black", capsize=3)
         axes.text(column, -4, label, ha="center", va="top")
     axes.axhline(100 / len(pictures.classes), color=RED, linestyle=":", label="chance")
     axes.set(ylim=(0, 100), xticks=[], ylabel="% of unseen images")
-    axes.set_title("Result: nearest neighbours name the class")
+    axes.set_title(f"Nearest neighbours name the class, of {len(pictures.test)} images")
     axes.legend(loc="upper left", frameon=False)
 
 
@@ -226,7 +264,8 @@ def draw_neighbours(axes: Axes, name: str, pictures: Pictures, features: Feature
     axes.set_title(f"{name}: unseen image | nearest training images{meaning}")
     height = rows[0][0].shape[0]
     labels = [
-        pictures.classes[i] if pictures.classes else "" for i in pictures.test_labels[queries]
+        drawn(pictures.classes[i]) if pictures.classes and i >= 0 else ""
+        for i in pictures.test_labels[queries].tolist()
     ]
     axes.set_yticks([(i + 0.5) * height for i in range(len(rows))], labels)
     tidy(axes)
@@ -248,7 +287,7 @@ def draw_map(axes: Axes, name: str, pictures: Pictures, features: Tensor, shown:
     points = F.normalize(features[shown])
     perplexity = min(30, (len(shown) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=0, n_iter_without_progress=100)
-    place = tsne.fit_transform(points.numpy()) if len(shown) > 3 else points[:, :2].numpy()
+    place = tsne.fit_transform(points.numpy())
     axes.set_title(f"{name}: map of unseen images (t-SNE)")
     if pictures.classes:
         for label in pictures.test_labels[shown].unique().tolist():
@@ -272,7 +311,7 @@ def style(label: int) -> tuple[Any, str]:
 def draw_legend(part: SubFigure, classes: list[str]) -> None:
     if 0 < len(classes) <= 40:
         handles = [
-            Line2D([], [], linestyle="", color=style(i)[0], marker=style(i)[1], label=name)
+            Line2D([], [], linestyle="", color=style(i)[0], marker=style(i)[1], label=drawn(name))
             for i, name in enumerate(classes)
         ]
         part.legend(handles=handles, loc="outside lower center", ncols=10, frameon=False)

@@ -63,7 +63,9 @@ def read_state(path: Path, identity: dict[str, Any], hint: str = "") -> dict[str
     changed = [
         f"\n  {name.replace('_', '-')}: {before.get(name)} there, {identity.get(name)} now"
         for name in {**before, **identity}
+        # Evaluations keep text: a flag that is newer than the state is no "None" there.
         if before.get(name) != identity.get(name)
+        and str(before.get(name)) != str(identity.get(name))
     ]
     if changed:
         fail(

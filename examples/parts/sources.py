@@ -4,13 +4,16 @@ Nothing here decodes or draws.
 """
 
 import io
+import math
 import os
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,10 +24,11 @@ from torch import Tensor
 from torchvision import datasets
 
 from parts.decoding import central_square, open_image
-from parts.processes import fail, once
+from parts.processes import fail, once, tell
 
 TEST_FOLDERS = ("val", "valid", "validation", "test")
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif")
+CHECKED = 256  # images at most that are read before the work begins
 
 
 @dataclass
@@ -34,12 +38,19 @@ class Source:
     labels: np.ndarray  # (N,) int64, -1 where an image has none
     size: ClassVar[tuple[int, int] | None] = None  # (height, width), where all have the same
     shard: ClassVar[np.ndarray | None] = None  # (N,): which of them lie together
+    classes: ClassVar[list[str]] = []  # the labels' names, where folders have some
+    max_value: ClassVar[float | None] = None  # white, in files of more than 8 bits a channel
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, index: int) -> bytes | Tensor:
         raise NotImplementedError
+
+    def image(self, index: int) -> Image.Image | Tensor:
+        """A PIL image, or (3, H, W) uint8; raises of every kind where it cannot be read."""
+        data = self.read(index)
+        return data if isinstance(data, Tensor) else open_image(data, self.max_value)
 
     def name(self, index: int) -> str:
         """The image's path within the data's folder, or what else tells it apart."""
@@ -128,7 +139,8 @@ class Part(Source):
     numbers: np.ndarray
 
     def __post_init__(self) -> None:
-        self.size = self.whole.size
+        self.size, self.classes = self.whole.size, self.whole.classes
+        self.max_value = self.whole.max_value
         self.shard = None if self.whole.shard is None else self.whole.shard[self.numbers]
 
     def read(self, index: int) -> bytes | Tensor:
@@ -147,17 +159,23 @@ def hold_out(source: Source, count: int) -> tuple[Source, Source]:
     return Part(source.labels[kept], source, kept), Part(source.labels[left], source, left)
 
 
-def open_data(folder: Path) -> tuple[Source, Source | None]:
+def open_data(
+    folder: Path, max_value: float | None = None, max_bad: float | None = None
+) -> tuple[Source, Source | None]:
     """The images to train on, and labelled ones to test on where the data set has such.
 
     By what the folder holds: train.npz; CIFAR-10, CIFAR-100, STL-10 or Imagenette as torchvision
     unpacks them; *.tar; else image files. Where there are train/ and one of val/, valid/,
-    validation/ and test/, only train/ is trained on.
+    validation/ and test/, only train/ is trained on. `max_value` is open_image's,
+    `max_bad` the part of them that may be unreadable, by default all but one.
     """
     if not folder.is_dir():
         fail(f"--data {folder} is not a folder.")
     train, test = open_folder(folder)
-    check_readable(train, folder)
+    for source in (train, test):
+        if source is not None and max_value is not None:
+            source.max_value = max_value
+    check_readable(train, folder, max_bad)
     return train, test
 
 
@@ -180,16 +198,34 @@ def open_folder(folder: Path) -> tuple[Source, Source | None]:
     return train, opener(test_folder, classes)[0] if split else None
 
 
-def check_readable(source: Source, folder: Path) -> None:
-    """End the run where nothing can be read: then something is wrong with all of it."""
-    reason: Exception | None = None
-    for index in range(0, len(source), max(1, len(source) // 64)):
-        try:
-            central_square(source.read(index), 1.0, 8)
-            return
-        except Exception as error:  # of every kind, as in training
-            reason = reason or error
-    fail(f"no image of --data {folder} can be read, such as {source.name(0)}: {reason}")
+def check_readable(source: Source, folder: Path, max_bad: float | None) -> None:
+    """End the run where more than the part `max_bad` of the images cannot be read; None: where none
+    can be. Of many a sample is read, whose part may be larger by chance.
+    """
+    numbers = range(0, len(source), max(1, len(source) // CHECKED))
+
+    def check() -> list[str]:
+        with ThreadPoolExecutor(16) as pool:
+            return [r for r in pool.map(partial(why_unreadable, source), numbers) if r]
+
+    bad, count = once(check), len(numbers)
+    allowed = count - 1.0 if max_bad is None else max_bad * count
+    if max_bad is not None and count < len(source):
+        allowed += 3 * math.sqrt(allowed)
+    if len(bad) > allowed:
+        what = f"{len(bad)} of {count} images" if len(bad) < count else "no image"
+        can = "cannot" if len(bad) < count else "can"
+        more = "" if max_bad is None else f" (--max-bad is {max_bad:g})"
+        fail(f"{what} of --data {folder} {can} be read{more}, such as {bad[0]}")
+
+
+def why_unreadable(source: Source, index: int) -> str:
+    """The image's name and what was wrong with it, empty where nothing was."""
+    try:
+        central_square(source.image(index), 1.0, 8)
+    except Exception as error:  # of every kind, as in training
+        return f"{source.name(index)}: {error}"
+    return ""
 
 
 def open_torchvision(folder: Path) -> tuple[Arrays, Arrays] | None:
@@ -233,19 +269,27 @@ def open_files(folder: Path, classes: list[str] | None = None) -> tuple[Files, l
     above = [os.fsdecode(n).rpartition(os.sep)[0].split(os.sep)[0] for n in names]
     classes = sorted(set(above) - {""}) if classes is None else classes
     number = {name: i for i, name in enumerate(classes)} if len(classes) > 1 else {}
-    return Files(np.array([number.get(name, -1) for name in above]), folder, names), classes
+    files = Files(np.array([number.get(name, -1) for name in above]), folder, names)
+    files.classes = classes if number else []
+    return files, classes
 
 
 def list_files(folder: Path) -> np.ndarray:
-    found = []
+    found, left_out = [], Counter[str]()
     for place, folders, names in os.walk(folder, followlinks=True):
         # Hidden ones are no images: macOS' ._1.jpg, thumbnails, notebooks' checkpoints.
         folders[:] = (name for name in folders if not name.startswith("."))
-        found += [
-            os.fsencode(os.path.relpath(os.path.join(place, name), folder))
-            for name in names
-            if name.lower().endswith(ENDINGS) and not name.startswith(".")
-        ]
+        for name in names:
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(ENDINGS):
+                path = os.path.relpath(os.path.join(place, name), folder)
+                found.append(os.fsencode(path))
+            else:
+                left_out[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
+    if left_out:
+        kinds = ", ".join(f"{n} {ending}" for ending, n in left_out.most_common(5))
+        tell(f"{folder}: files that are no images by their names are left out: {kinds}")
     return np.array(sorted(found))
 
 
@@ -299,7 +343,7 @@ def header_size(source: Source, index: int) -> tuple[int, int]:
 
 def picture(source: Source, index: int) -> Image.Image:
     """RGB; raises OSError or ValueError where the image cannot be read."""
-    data = source.read(index)
-    if isinstance(data, bytes):
-        return open_image(data).convert("RGB")
-    return Image.fromarray(data.permute(1, 2, 0).numpy())
+    image = source.image(index)
+    if isinstance(image, Tensor):
+        return Image.fromarray(image.permute(1, 2, 0).numpy())
+    return image.convert("RGB")

@@ -32,6 +32,17 @@ def write_results(
     tell(f"\n{table}\n")
 
 
+def drawn(name: str, width: int = 18) -> str:
+    """A name as matplotlib can draw it: cut with an ellipsis; what its font lacks is escaped."""
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    if len(name) > width:
+        name = f"…{name[1 - width :]}"
+    known = "".join(c if font.get_char_index(ord(c)) else ascii(c)[1:-1] for c in name)
+    return known.replace("$", r"\$")
+
+
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     def line(cells: Sequence[Cell]) -> str:
         shown = ("" if c is None else f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells)

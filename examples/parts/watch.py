@@ -16,9 +16,11 @@ from torch import Tensor
 from byol_pytorch import BYOL
 from byol_pytorch.evaluation import knn_accuracy
 from byol_pytorch.evaluation.features import extract_features
+from parts.amount import by_amount
 from parts.batches import Bad, EvaluationImages, make_loader
 from parts.decoding import PAPER_CROP, Crop, draw_box
 from parts.journal import Clock, Journal
+from parts.neighbours import draw, nearest
 from parts.processes import fail, gathered, rank, summed, world_size
 from parts.resume import Run
 from parts.sources import Source, header_size
@@ -26,6 +28,7 @@ from parts.sources import Source, header_size
 EVALUATION_BATCH = 256
 COLLAPSED, FALLEN = 0.2, 0.5  # of the healthy feature std, and of the run's highest so far
 HEALTH_IMAGES = 256
+PAGE_IMAGES, PAGE_QUERIES, PAGE_NEIGHBOURS = 500, 6, 7  # of the picture of neighbours
 
 
 def memory_gib(device: torch.device) -> float:
@@ -69,6 +72,9 @@ class Watch:
         every = range(0, len(source), max(1, len(source) // HEALTH_IMAGES))
         self.sample, good = EvaluationImages(source, self.recipe.image_size)[np.array(every)]
         self.sample = self.sample[good == 1][:HEALTH_IMAGES].to(plan.device)
+        if self.how.knn_every and not self.neighbours:
+            journal.tell("no labels, so no kNN accuracy: neighbours.png at the end shows what the "
+                         "backbone takes for alike")  # fmt: skip
         if run.progress.step == 0:
             self._neighbours()
 
@@ -95,6 +101,23 @@ class Watch:
         if (how.knn_every and rest == 0 and epoch % how.knn_every == 0) or last:
             self._neighbours()
 
+    def show_neighbours(self) -> None:
+        """What the backbone takes for alike, where no label says whether it is. On all ranks."""
+        if self.neighbours or len(self.source) < 2:
+            return
+        order = np.random.default_rng(0).permutation(len(self.source))[:PAGE_IMAGES]
+        plan, size = self.plan, self.recipe.image_size
+        found, kept = embed(self.learner, self.source, order, size, plan.device, plan.workers)
+        names = [self.source.name(i) for i in kept]
+        if rank() or len(kept) < 2:
+            return
+        queries = list(range(min(PAGE_QUERIES, len(kept))))
+        page = nearest(found, names, queries, PAGE_NEIGHBOURS)
+        draw(plan.output / "neighbours.png", self.source, kept, page)
+        self.journal.tell(
+            f"{plan.output / 'neighbours.png'} shows the nearest of {len(kept)} images"
+        )
+
     def stop_if_skipping(self) -> None:
         progress = self.progress
         if progress.streak < self.how.max_skipped:
@@ -112,7 +135,8 @@ class Watch:
         return len(self.progress.bad) > self.how.max_bad * len(self.source)
 
     def stop_if_bad(self) -> None:
-        if self.too_many_bad():
+        # Not a run that is done, whose backbone is there.
+        if self.too_many_bad() and self.progress.step < self.plan.steps:
             first = next(iter(self.progress.bad.items()))
             fail(
                 f"{len(self.progress.bad)} of {len(self.source)} images cannot be read, and "
@@ -168,6 +192,11 @@ class Watch:
             return
         self.journal.figures(progress.step, figures)
         std = figures["feature_std"]
+        if progress.step == self.plan.steps:
+            self.journal.tell(
+                f"feature std {std:.3f} (healthy: near {recipe.projection_size**-0.5:.3f}), "
+                f"effective rank {figures['effective_rank']:.1f} (1 is collapse)"
+            )
         collapsed = has_collapsed(std, progress.highest_std, recipe.projection_size)
         if collapsed and not progress.alarmed:
             cause = likely_cause(
@@ -222,8 +251,12 @@ class Neighbours:
     def accuracy(self, learner: BYOL, size: int, device: torch.device, workers: int) -> float:
         """In percent, of the backbone as it is, in evaluation mode. Every rank calls it."""
         try:
-            (bank, labels), (queries, truth) = (
+            (bank, voting), (queries, asked) = (
                 embed(learner, *part, size, device, workers) for part in (self.bank, self.queries)
+            )
+            labels, truth = (
+                torch.from_numpy(part[0].labels[numbers])
+                for part, numbers in ((self.bank, voting), (self.queries, asked))
             )
             k = min(self.k, len(bank))
             return 100 * knn_accuracy(
@@ -236,8 +269,8 @@ class Neighbours:
 def embed(
     learner: BYOL, source: Source, numbers: np.ndarray, size: int, device: torch.device,
     workers: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Representations (N, D) and labels (N,) of the images that can be read, by all ranks."""
+) -> tuple[Tensor, list[int]]:  # fmt: skip
+    """Representations (N, D) and numbers of the images that can be read, by all ranks."""
     # As many on each rank: under FSDP a forward pass is one of all ranks.
     share = math.ceil(len(numbers) / world_size())
     mine = np.resize(numbers, share * world_size())[rank() :: world_size()]
@@ -246,8 +279,7 @@ def embed(
     features, readable = extract_features(learner, loader, device=device)
     assert readable is not None
     good = readable[: len(numbers)] == 1
-    labels = torch.from_numpy(source.labels[numbers])
-    return features[: len(numbers)][good], labels[good]
+    return features[: len(numbers)][good], numbers[good.numpy()].tolist()
 
 
 def has_collapsed(std: float, highest: float, projection_size: int) -> bool:
@@ -281,8 +313,17 @@ def likely_cause(
 def describe(learner: BYOL, plan: Any, source: Source, shards: int) -> None:
     """What --dry-run prints; the weights of a run are split into `shards` parts."""
     recipe = plan.recipe
-    for name, value in plan.identity.items():
+    epochs = plan.steps / plan.epoch_steps
+    shown = plan.identity | {"epochs": f"{epochs:.4g}"}
+    del shown["names of the images"]  # a number that tells others apart
+    for name, value in shown.items():
         print(f"{name.replace('_', '-'):24} {value}")
+    usual = by_amount(len(source))
+    other = {name: getattr(recipe, name) for name in usual if getattr(recipe, name) != usual[name]}
+    print(
+        f"\nusual for {len(source)} images of your own: {as_flags(usual)}\n"
+        f"here: {as_flags(other) or 'the same'}"
+    )
     share = upsampled_share(source, recipe.image_size, plan.decode_size, recipe.crops[0][1])
     together = plan.images * (plan.world if plan.sync_bn else 1)
     print(
@@ -297,6 +338,10 @@ def describe(learner: BYOL, plan: Any, source: Source, shards: int) -> None:
         f"{100 * share:.0f} % of the views are enlarged from fewer pixels than they have\n"
         f"memory: about {estimated_gib(learner, plan, shards):.2f} GiB a process"
     )
+
+
+def as_flags(settings: dict[str, Any]) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in settings.items())
 
 
 def estimated_gib(learner: BYOL, plan: Any, shards: int) -> float:

@@ -110,7 +110,7 @@ def extract_features(
                     each.flush()
     for each in rows.values():
         each.flush()
-    counts = agree(count)
+    counts = agree(count, next((each.wrong for each in rows.values() if each.wrong), ""))
     features = {name: each.finish(counts) for name, each in rows.items()}
     known = joined(labels, counts) if labels else None
     return (features[POOLED] if stages is None else features), known

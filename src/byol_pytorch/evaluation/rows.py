@@ -20,24 +20,28 @@ class Rows:
     def __init__(self, name: str, folder: str | Path | None) -> None:
         self.name, self.count = name, 0
         self.waiting: list[Tensor] = []  # on the device, until they are flushed
+        self.wrong = ""  # what is said of the first row that is not finite
         self.kept: list[Tensor] | _File = []
         if folder is not None:
             self.kept = _File(Path(folder) / f"{name}.npy")
 
     def flush(self) -> None:
-        """Move what waits to the CPU or the file. Raises ValueError for NaN."""
+        """Move what waits to the CPU or the file. Raises ValueError for NaN; of several processes
+        `agree` does, on all of them: one that ended alone would leave the others waiting."""
         if not self.waiting:
             return
         rows = torch.cat(self.waiting)
         self.waiting.clear()
         bad = ~rows.isfinite().all(1)
-        if bool(bad.any()):
+        if not self.wrong and bool(bad.any()):
             rank, world = process()
             number = (self.count + int(bad.int().argmax())) * world + rank
-            raise ValueError(
+            self.wrong = (
                 f"The {self.name} features hold NaN or infinite values, first in sample {number} "
                 "of the loader's order. Look at that image; with float16 take bfloat16 or float32."
             )
+            if world == 1:
+                raise ValueError(self.wrong)
         self.count += len(rows)
         self.kept.append(rows.cpu())
 
@@ -48,13 +52,17 @@ class Rows:
         )
 
 
-def agree(count: int) -> list[int]:
-    """The rows of each process. Raises ValueError where they are not every world-th row."""
+def agree(count: int, wrong: str = "") -> list[int]:
+    """The rows of each process. Raises ValueError on all of them where they are not every world-th
+    row, or where one says what is `wrong` with its own."""
     world = world_size()
-    counts = [count]
+    both = [(count, wrong)]
     if world > 1:
-        counts = [0] * world
-        dist.all_gather_object(counts, count)
+        both *= world
+        dist.all_gather_object(both, (count, wrong))
+    counts = [rows for rows, _ in both]
+    if found := next((sentence for _, sentence in both if sentence), None):
+        raise ValueError(found)
     if not min(counts):
         whose = "The loader" if world == 1 else f"The loader of process {counts.index(0)}"
         raise ValueError(
