@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from parts import voc
+from parts import openmp, voc  # noqa: F401, the first before torch
 from parts.processes import fail
 from parts.published import VOC12AUG
 from PIL import Image

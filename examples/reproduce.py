@@ -24,7 +24,7 @@ import evaluate_linear
 import evaluate_svm
 import numpy as np
 from parts import voc
-from parts.backbone import open_backbone
+from parts.backbone import fill_in_model, open_backbone
 from parts.boxes import open_detection
 from parts.flags import common_flags
 from parts.labelled import Chosen, listed, open_images, open_tests
@@ -312,6 +312,7 @@ def check_checkpoint(table: Table, args: argparse.Namespace) -> str:
     words = command_of(table, args.data, args.checkpoint, args.label_list)
     flags, _ = parser.parse_known_args(words)
     flags.checkpoint, flags.device = args.checkpoint, "cpu"
+    fill_in_model(flags, args.checkpoint)
     _, facts = open_backbone(flags)
     if table.opened is test_images:
         head = evaluate_linear.released_head(evaluate_linear.read_weights(Path(args.checkpoint)))

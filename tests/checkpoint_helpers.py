@@ -36,8 +36,9 @@ def marked(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def installed(*paths: str) -> Iterator[list[type]]:
-    """Classes under full names of packages that are not installed, for as long as the block."""
+    """Classes under full names of packages, installed or not, for as long as the block."""
     classes, before = [], set(sys.modules)
+    held: list[tuple[types.ModuleType, str, Any]] = []
     for path in paths:
         module, _, name = path.rpartition(".")
         parts = module.split(".")
@@ -45,10 +46,13 @@ def installed(*paths: str) -> Iterator[list[type]]:
             package = ".".join(parts[:end])
             sys.modules.setdefault(package, types.ModuleType(package))
         classes.append(type(name, (), {"__module__": module}))
+        held.append((sys.modules[module], name, getattr(sys.modules[module], name, None)))
         setattr(sys.modules[module], name, classes[-1])
     try:
         yield classes
     finally:
+        for holder, name, original in held:
+            setattr(holder, name, original)
         for name in set(sys.modules) - before:
             del sys.modules[name]
 

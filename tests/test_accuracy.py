@@ -22,7 +22,7 @@ import accuracy  # noqa: E402
 import accuracy_parts  # noqa: E402
 from accuracy import METHODS, OURS, Outcome, Run  # noqa: E402
 
-PEER, LIGHTLY = METHODS[1:]
+PEER, LIGHTLY = METHODS[-2:]
 
 
 def colour(kind: int) -> tuple[int, int, int]:
@@ -101,23 +101,23 @@ def test_a_lead_is_more_than_two_standard_errors() -> None:
     # Deviations 1 and 1: the error of the difference is sqrt(2 / 3), twice that 1.63.
     ours = [50.0, 51.0, 52.0]
     runs, done = outcomes({OURS: ours, PEER: [48.3, 49.3, 50.3], LIGHTLY: [48.4, 50.4, 49.4]})
-    said = accuracy.verdict("cells", "few", runs, done)
+    said = accuracy.verdict("cells", "few", runs, done, [OURS, PEER, LIGHTLY])
     assert said == (
         f"few labels: leads {PEER} "
-        "(+1.7, two standard errors 1.6, p 0.11; by seed +1.7, +1.7, +1.7); "
+        "(+1.7, two standard errors 1.6, p 0.11, paired 0.00; by seed +1.7, +1.7, +1.7); "
         f"no clear difference from {LIGHTLY} "
-        "(+1.6, two standard errors 1.6, p 0.12; by seed +1.6, +0.6, +2.6)"
+        "(+1.6, two standard errors 1.6, p 0.12, paired 0.11; by seed +1.6, +0.6, +2.6)"
     )
     runs, done = outcomes({OURS: ours, PEER: [60.0, 60.1, 59.9], LIGHTLY: ours})
-    said = accuracy.verdict("cells", "all", runs, done)
-    assert (
-        f"trails {PEER} (-9.0, two standard errors 1.2, p 0.00; by seed -10.0, -9.1, -7.9)" in said
-    )
+    said = accuracy.verdict("cells", "all", runs, done, [OURS, PEER, LIGHTLY])
+    trails = f"trails {PEER} (-9.0, two standard errors 1.2, p 0.00, paired 0.00; by seed -10.0, "
+    assert f"{trails}-9.1, -7.9)" in said
 
 
 def test_one_seed_decides_nothing() -> None:
     runs, done = outcomes({OURS: [50.0], PEER: [10.0], LIGHTLY: [90.0]})
-    assert accuracy.verdict("cells", "few", runs, done).count("no clear difference from") == 2
+    said = accuracy.verdict("cells", "few", runs, done, [OURS, PEER, LIGHTLY])
+    assert said.count("no clear difference from") == 2
 
 
 def test_what_was_cut_short_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ from byol_pytorch.augment import byol_views, local_views
 from byol_pytorch.augment.views import GLOBAL_SCALE
 
 SIZE, BATCH = 32, 128
+DECAY = 0.97  # of the EMA at the start: the quick start's for runs of some hundred steps
 HEAD = {"projection_size": RECIPE.projection_size,
         "projection_hidden_size": RECIPE.projection_hidden_size}  # fmt: skip
 OURS, PEER, LIGHTLY = "byol_pytorch", "byol-pytorch 0.9.1", "lightly's parts"
@@ -165,7 +166,7 @@ def ours(net: nn.Module, rung: Rung, steps: int, name: str) -> Method:
         local = {"local_views": 2, "local_size": SIZE // 2, "local_augment_fn": small}
     first, second = byol_views(SIZE, **options)
     learner = BYOL(net, SIZE, augment_fn=first, augment_fn2=second, **HEAD, **local,
-                   moving_average_decay=RECIPE.base_decay, total_steps=steps)  # fmt: skip
+                   moving_average_decay=DECAY, total_steps=steps)  # fmt: skip
     if name == SHARED:
         learner.local_predictor = learner.predictor
     return Method(list(learner.parameters()), learner, lambda step: learner.update_moving_average())
@@ -174,7 +175,7 @@ def ours(net: nn.Module, rung: Rung, steps: int, name: str) -> Method:
 def peer(net: nn.Module, args: argparse.Namespace) -> Method:
     """byol-pytorch 0.9.1, whose decay is constant; BYOL's plain heads, not its simplicial ones."""
     learner = peer_class(args)(
-        net, SIZE, hidden_layer=-1, moving_average_decay=RECIPE.base_decay,
+        net, SIZE, hidden_layer=-1, moving_average_decay=DECAY,
         use_simplicial_embeddings=False, **HEAD,
     )  # fmt: skip
     learner(torch.rand(2, 3, SIZE, SIZE))  # as its constructor does; README's table was made so
@@ -195,6 +196,6 @@ def lightly(net: Any, rung: Rung, steps: int) -> Method:
         return 4 * parts.loss(*(torch.stack(view) for view in views)) + 4  # on the paper's scale
 
     def moved(step: int) -> None:
-        parts.move(1 - (1 - RECIPE.base_decay) * (math.cos(math.pi * step / steps) + 1) / 2)
+        parts.move(1 - (1 - DECAY) * (math.cos(math.pi * step / steps) + 1) / 2)
 
     return Method(parts.parameters, loss, moved)
