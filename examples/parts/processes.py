@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from byol_pytorch.parallel import process, world_size
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 INTERRUPTED = 130  # a shell's exit status after Ctrl-C
 PASSED_ON = 1.0  # seconds in which torchrun passes on the Ctrl-C that the terminal sends to all
@@ -48,11 +50,7 @@ def leave_processes() -> None:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return process()[0]
 
 
 def summed(value: Tensor) -> Tensor:

@@ -159,8 +159,9 @@ class Layout:
                 f"{self.channels}: expected {self._expected()}. {hint}"
             )
 
-    def check_views(self, views: Sequence[Any], finite: bool, what: str = "views") -> None:
+    def check_views(self, views: Sequence[Any], finite: bool, local: bool = False) -> None:
         """Raise where ready views are not alike float tensors of the learner's size."""
+        what, size_name = ("local views", "local_size") if local else ("views", "image_size")
         for view in views:
             self.check(view, f"The {what}", finite)
             for x in tensors(view):
@@ -173,8 +174,7 @@ class Layout:
                 if self.size is not None and x.ndim == 4 and tuple(x.shape[2:]) != self.size:
                     raise ValueError(
                         f"The {what} are {tuple(x.shape[2:])} pixels, this learner was built for "
-                        f"{'local' if 'local' in what else 'image'}_size={self.size}. Resize them, "
-                        "or build BYOL with their size."
+                        f"{size_name}={self.size}. Resize them, or build BYOL with their size."
                     )
         check_alike(*views)
 

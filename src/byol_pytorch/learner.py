@@ -261,21 +261,23 @@ class BYOL(nn.Module):
         self._check_images(images)
         augmentations = [self.augment_fn, self.augment_fn2]
         augmentations += [self.local_augment_fn] * self.local_views
-        made: list[Any] = []
-        for augment in augmentations:
-            if augment is None and len(made) < 2:
-                raise ValueError(
-                    "There are no default views without image_size or for inputs other than "
-                    "(B, C, H, W). Give augment_fn, or call learner(view_one, view_two)."
-                )
-            if augment is None:
-                raise ValueError(
-                    "There are no default local views beside an augment_fn of your own. Give "
-                    "local_augment_fn, or call learner(view_one, view_two, local_views=[...])."
-                )
-            with torch.autocast(tensors(images)[0].device.type, enabled=False):
-                # byol_views take uint8 as it is; other callables are given floats in [0, 1].
-                made.append(augment(scaled(images) if as_view(augment) is None else images))
+        missing = [augment is None for augment in augmentations]
+        if any(missing[:2]):
+            raise ValueError(
+                "There are no default views without image_size or for inputs other than "
+                "(B, C, H, W). Give augment_fn, or call learner(view_one, view_two)."
+            )
+        if any(missing):
+            raise ValueError(
+                "There are no default local views beside an augment_fn of your own. Give "
+                "local_augment_fn, or call learner(view_one, view_two, local_views=[...])."
+            )
+        with torch.autocast(tensors(images)[0].device.type, enabled=False):
+            # byol_views take uint8 as it is; other callables are given floats in [0, 1].
+            made = [
+                augment(scaled(images) if as_view(augment) is None else images)
+                for augment in augmentations
+            ]
         return tuple(made)
 
     def representation(self, images: Any, normalise: bool = True) -> Tensor:
@@ -406,7 +408,7 @@ class BYOL(nn.Module):
         check_local_count(views, self.local_views)
         self._layout.check_views(views[:2], self.check_finite)
         if self.local_views:
-            self._local_layout.check_views(views[2:], self.check_finite, "local views")
+            self._local_layout.check_views(views[2:], self.check_finite, local=True)
             check_same_batch(views[0], views[2])
 
     def _loss(self, one: Any, two: Any, *local: Any) -> Tensor:

@@ -46,7 +46,12 @@ def export_backbone(
     image_size: int | tuple[int, int] | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a backbone's state_dict as a safetensors file, whole or not at all.
+    """Write a backbone's state_dict as a safetensors file, or as a folder that timm loads.
+
+    A path that ends in .safetensors is a file. Any other is a folder of model.safetensors and
+    timm's config.json, for timm.create_model("local-dir:PATH", pretrained=True), also with
+    num_classes=10, and, uploaded to a hub, "hf-hub:USER/NAME"; a README.md that says so is added
+    where there is none. Each file is written whole or not at all.
 
     `source` is a BYOL learner (its online network, with the normalisation and the size of its
     views) or a network; the wrappers of torch.compile, DDP and DataParallel are looked through. A
@@ -62,8 +67,9 @@ def export_backbone(
     that are no tensors are left out. Of several processes rank 0 writes; a sharded network is
     gathered, so call this on all.
 
-    Needs safetensors. Raises ValueError for a mean and std that do not go together and model_args
-    that are no JSON, OSError as `save` does.
+    Needs safetensors. Raises ValueError for a mean and std that do not go together, for model_args
+    that are no JSON, and for a folder of a network that timm cannot build from what is known;
+    OSError as `save` does.
     """
     import safetensors.torch
 
